@@ -1,0 +1,1 @@
+"""Accelerators for functions in microVMs."""

@@ -1,0 +1,84 @@
+"""Messages of `remora.control.v1.Control`, the agent's owner-only control socket.
+
+Whoever runs sandboxes (the sandbox monitor, the shim) attaches each one here under its identity. Identity is what the
+host says in `Attach`; nothing that the guest sends can change it.
+"""
+
+from __future__ import annotations
+
+from remora.wire.protobuf import Message, bool_, double, map_, message, string, uint32, uint64
+
+SERVICE = "remora.control.v1.Control"
+
+
+class Empty(Message):
+    pass
+
+
+class AttachRequest(Message):
+    #: Identity of the sandbox, unique on this node: [a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}.
+    sandbox: str = string(1)
+    #: Who pays and whose resources are shared; empty: the sandbox is a tenant of its own.
+    tenant: str = string(2)
+    labels: dict[str, str] = map_(3, "string", "string")
+    #: The agent listens on `<directory>/channel.sock_2048` (mode 0600) before it answers.
+    directory: str = string(4)
+    #: The template this sandbox is a clone of: its sessions may be forked by this sandbox, and by no other.
+    parent: str = string(5)
+    #: True for a template: its sessions outlive its connections, until it is detached.
+    template: bool = bool_(6)
+
+
+class DetachRequest(Message):
+    #: Closes the sandbox's socket, connections and sessions, and frees what only they held. Unknown is no error.
+    sandbox: str = string(1)
+    #: True to keep the sessions for clones although the template's microVM is gone (only for templates).
+    keep_sessions: bool = bool_(2)
+
+
+class Attachment(Message):
+    sandbox: str = string(1)
+    tenant: str = string(2)
+    labels: dict[str, str] = map_(3, "string", "string")
+    directory: str = string(4)
+    parent: str = string(5)
+    template: bool = bool_(6)
+    connections: int = uint32(7)
+    sessions: int = uint32(8)
+    requests: int = uint64(9)
+
+
+class AttachmentsResponse(Message):
+    attachments: list[Attachment] = message(1, Attachment, repeated=True)
+
+
+class WorkerStatus(Message):
+    id: str = string(1)
+    pid: int = uint32(2)
+    #: `shared` or the tenant's name.
+    domain: str = string(3)
+    backend: str = string(4)
+    models: list[str] = string(5, repeated=True)
+    busy: bool = bool_(6)
+    restarts: int = uint32(7)
+    device: str = string(8)
+
+
+class StatusResponse(Message):
+    version: str = string(1)
+    pid: int = uint32(2)
+    uptime_s: float = double(3)
+    listeners: list[str] = string(4, repeated=True)
+    sessions: int = uint32(5)
+    connections: int = uint32(6)
+    workers: list[WorkerStatus] = message(7, WorkerStatus, repeated=True)
+    store_bytes: int = uint64(8)
+    metrics_address: str = string(9)
+
+
+METHODS: dict[str, tuple[type[Message], type[Message]]] = {
+    "Attach": (AttachRequest, Empty),
+    "Detach": (DetachRequest, Empty),
+    "Attachments": (Empty, AttachmentsResponse),
+    "Status": (Empty, StatusResponse),
+}
