@@ -1,0 +1,147 @@
+"""What the agent may ask of workers, as values: the border between the agent's core and the processes that compute.
+
+The agent sees a `Workers` (implemented by `workers.pool.WorkerPool`, and by a fake in the agent's unit tests). It never
+sees a backend, and a worker never sees a session, a token or a socket. All calls are made from the reactor's thread
+and none blocks; every `done` is called exactly once, from the reactor's thread, never from within the call itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from remora.errors import RemoraError
+
+#: Trust domain of catalogue models: one worker serves all tenants. Every other domain is a tenant's name.
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    name: str
+    dtype: str  # a key of wire.remora_v1.DTYPES
+    shape: tuple[int, ...]  # -1: any size
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model file on the host, and how to use it."""
+
+    key: str  # catalogue name or sha256:<hex>
+    digest: str  # sha256:<hex> of the file
+    path: Path  # opened by the launcher; the worker gets a descriptor
+    format: str  # "onnx"
+    task: str = "tensor"  # "classification", "tensor"
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # preprocessing, labels, ... for catalogue models
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a loaded model turned out to be."""
+
+    key: str
+    task: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    device: str  # "cpu", "cuda:0"
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """A tensor whose bytes may lie in an arena (then they are not copied on their way to or from a worker)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview  # contiguous, format "B"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One operation on one model for one tenant. Checked by the door; the worker checks it against the model."""
+
+    operation: str  # "infer", "classify", "noop"
+    domain: str  # SHARED or the tenant
+    tenant: str  # whose arena outputs are written to
+    model: str  # ModelSource.key, loaded before
+    inputs: tuple[TensorView, ...] = ()  # infer
+    outputs: tuple[str, ...] = ()  # infer: names wanted, empty for all
+    image: memoryview | None = None  # classify: encoded picture
+    top: int = 5  # classify
+    deadline_s: float | None = None  # on the monotonic clock
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    index: int
+    name: str
+    score: float
+
+
+@dataclass
+class Result:
+    """A job's answer. `release` gives the memory of `outputs` back once they are sent; call it exactly once."""
+
+    outputs: tuple[TensorView, ...] = ()
+    labels: tuple[LabelScore, ...] = ()
+    run_us: int = 0
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    id: str
+    pid: int
+    domain: str
+    backend: str
+    models: tuple[str, ...]
+    busy: int  # jobs in flight
+    restarts: int
+    device: str
+    memory_bytes: int
+
+
+class Block(Protocol):
+    """Part of a tenant's shared memory. Cleared before it is given out."""
+
+    view: memoryview
+
+    def release(self) -> None: ...
+
+
+class JobHandle(Protocol):
+    def cancel(self) -> None:
+        """Give the job up: `done` gets a CancelledError. A job that does not stop in time costs the worker its life."""
+
+
+class Workers(Protocol):
+    """Supervised workers. A worker's death is not the caller's problem: jobs in flight are run again once by a new
+    worker (operations are pure); a job that kills two workers gets an AbortedError that says so."""
+
+    def allocate(self, tenant: str, size_bytes: int) -> Block:
+        """Return memory for an incoming message that the tenant's workers already map.
+
+        Raises:
+            ResourceExhaustedError: the tenant's arena is full (limit from settings).
+        """
+
+    def load(self, domain: str, source: ModelSource, done: Callable[[ModelSpec | RemoraError], None]) -> None:
+        """Load a model into the domain's worker, starting one if needed; loading it twice is no work."""
+
+    def unload(self, domain: str, key: str) -> None: ...
+
+    def submit(self, job: Job, done: Callable[[Result | RemoraError], None]) -> JobHandle: ...
+
+    def slots(self, domain: str, model: str) -> int:
+        """How many jobs this model wants in flight at once: more only waits inside the worker."""
+
+    def release_domain(self, domain: str) -> None:
+        """End the domain's workers and free its arenas."""
+
+    def workers(self) -> Sequence[WorkerInfo]: ...
+
+    def close(self) -> None:
+        """Kill all workers and free everything; `done` of whatever is in flight gets an UnavailableError."""
