@@ -1,0 +1,126 @@
+"""The `remora` command: finds the subcommand and turns errors into one clear line.
+
+Each subcommand is a module beside this one with NAME, HELP, `add_arguments` and `run`; it is imported only when it is
+asked for, because `remora --help` and `remora run` must not pay for each other's imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from remora.errors import RemoraError
+
+#: Subcommand -> one line of help; the order is the order of `remora --help`. A test compares it with the modules.
+COMMANDS: dict[str, str] = {
+    "run": "run a command in a new microVM",
+    "ps": "list microVMs",
+    "exec": "run another command in a running microVM",
+    "logs": "show the output of a detached microVM",
+    "stop": "stop microVMs",
+    "rm": "remove stopped microVMs",
+    "inspect": "show everything about a microVM",
+    "stats": "show CPU and memory of microVMs",
+    "template": "make, list and remove templates that microVMs are cloned from",
+    "image": "import, pull, build, list and remove images",
+    "models": "build, list and show the models of the catalogue",
+    "agent": "run the node agent, or ask for its status",
+    "classify": "classify pictures through the agent",
+    "ping": "check the way to the agent",
+    "bench": "measure Remora against named yardsticks",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="remora",
+        usage="remora [--debug] [--version] COMMAND [ARGUMENTS...]",
+        description="Accelerators for functions in microVMs: the guest sends operations, a node agent runs them.",
+        epilog=f"commands:\n{listing}\n\n`remora COMMAND --help` tells more about each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the trace of an error, not only its line")
+    parser.add_argument("--version", action="store_true", help="show the version")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(name: str, arguments: Sequence[str], *, debug: bool) -> int:
+    module = importlib.import_module(f"remora.cli.{name}")
+    parser = argparse.ArgumentParser(prog=f"remora {name}", description=module.HELP)
+    parser.add_argument("--debug", action="store_true", default=debug, help="show the trace of an error")
+    module.add_arguments(parser)
+    status: int = module.run(parser.parse_args(arguments))
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        from remora import __version__
+
+        print(f"remora {__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    if options.command not in COMMANDS:
+        print(f"remora: no command '{options.command}'; `remora --help` lists them", file=sys.stderr)
+        return 2
+    rest = options.arguments
+    debug = options.debug or _asks_for_debug(rest) or bool(os.environ.get("REMORA_DEBUG"))
+    try:
+        return _run(options.command, rest, debug=debug)
+    except RemoraError as error:
+        if debug:
+            raise
+        print(f"remora {options.command}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read our output left, as `head` does. Python would complain once more at exit: give it another stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except ModuleNotFoundError as error:
+        if debug or error.name is None or error.name.startswith("remora"):
+            raise
+        print(
+            f"remora {options.command}: the Python package '{error.name}' is missing "
+            "(install remora[node] for the agent, remora[runtime] for microVMs)",
+            file=sys.stderr,
+        )
+        return 7
+    except OSError as error:
+        if debug:
+            raise
+        what = f": {error.filename}" if error.filename else ""
+        print(f"remora {options.command}: {error.strerror or error}{what} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _asks_for_debug(arguments: Sequence[str]) -> bool:
+    """True if --debug stands among a command's own options, before the command line that a guest gets."""
+    for argument in arguments:
+        if argument == "--debug":
+            return True
+        if not argument.startswith("-"):
+            return False
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
