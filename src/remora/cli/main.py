@@ -48,9 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the trace of an error, not only its line")
     parser.add_argument("--version", action="store_true", help="show the version")
-    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+def _split(arguments: list[str]) -> tuple[list[str], str | None, list[str]]:
+    """Return (our own options, command, the command's arguments): a guest's command line is none of argparse's business."""
+    for position, argument in enumerate(arguments):
+        if not argument.startswith("-"):
+            return arguments[:position], argument, arguments[position + 1 :]
+    return arguments, None, []
 
 
 def _run(name: str, arguments: Sequence[str], *, debug: bool) -> int:
@@ -64,28 +70,27 @@ def _run(name: str, arguments: Sequence[str], *, debug: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    own, command, rest = _split(list(sys.argv[1:] if argv is None else argv))
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(own)
     if options.version:
         from remora import __version__
 
         print(f"remora {__version__}")
         return 0
-    if options.command is None:
+    if command is None:
         parser.print_help()
         return 2
-    if options.command not in COMMANDS:
-        print(f"remora: no command '{options.command}'; `remora --help` lists them", file=sys.stderr)
+    if command not in COMMANDS:
+        print(f"remora: no command '{command}'; `remora --help` lists them", file=sys.stderr)
         return 2
-    rest = options.arguments
     debug = options.debug or _asks_for_debug(rest) or bool(os.environ.get("REMORA_DEBUG"))
     try:
-        return _run(options.command, rest, debug=debug)
+        return _run(command, rest, debug=debug)
     except RemoraError as error:
         if debug:
             raise
-        print(f"remora {options.command}: {error}", file=sys.stderr)
+        print(f"remora {command}: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         if debug:
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or error.name is None or error.name.startswith("remora"):
             raise
         print(
-            f"remora {options.command}: the Python package '{error.name}' is missing "
+            f"remora {command}: the Python package '{error.name}' is missing "
             "(install remora[node] for the agent, remora[runtime] for microVMs)",
             file=sys.stderr,
         )
@@ -108,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         what = f": {error.filename}" if error.filename else ""
-        print(f"remora {options.command}: {error.strerror or error}{what} (--debug shows where)", file=sys.stderr)
+        print(f"remora {command}: {error.strerror or error}{what} (--debug shows where)", file=sys.stderr)
         return 1
 
 
