@@ -9,7 +9,9 @@ Standard library only, Python 3.9: the guest imports this module.
 
 from __future__ import annotations
 
-from typing import Dict, Optional, Type
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing costs the guest more than this whole module
+    from typing import Dict, Optional, Type
 
 
 class RemoraError(Exception):
