@@ -1,0 +1,1 @@
+"""What runs inside a worker: one module per backend, one contract (`contract.py`)."""

@@ -1,0 +1,100 @@
+"""What runs inside a worker, as one small contract: bytes become a model, arrays become arrays.
+
+A backend knows nothing of arenas, sockets, tenants or the agent. That is why the demo and the benchmark can run the
+very same code in their own process and compare (`catalog.local`), and why a new backend is one module.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+#: Any array: dtypes are data here, checked against the model at run time.
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One input or output: numpy's dtype name, and -1 in the shape where any size is accepted."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what a model file or a picture may ask for."""
+
+    model_bytes: int = 1 << 30
+    nodes: int = 100_000
+    pixels: int = 64_000_000
+    image_bytes: int = 64 << 20
+
+
+class Stop:
+    """Lets another thread end a run. Setting it twice, before, during or after the run is harmless."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callback: Callable[[], None] | None = None
+        self.requested = False
+
+    def attach(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the stop is requested; at once if it was already."""
+        with self._lock:
+            self._callback = callback
+            if self.requested:
+                callback()
+
+    def request(self) -> None:
+        with self._lock:
+            self.requested = True
+            if self._callback is not None:
+                self._callback()
+
+
+class LoadedModel(Protocol):
+    """A model that is ready to run. `run` may be called from several threads at once."""
+
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+    device: str
+    memory_bytes: int
+
+    def check(self, feeds: Mapping[str, Array], wanted: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the outputs to compute.
+
+        Raises:
+            InvalidArgumentError: an input is missing, unknown, or has the wrong dtype or shape; an output is unknown.
+        """
+
+    def plan(self, feeds: Mapping[str, Array], wanted: Sequence[str]) -> tuple[Spec, ...] | None:
+        """Return dtype and exact shape of each wanted output, or None when only running tells."""
+
+    def run(
+        self, feeds: Mapping[str, Array], wanted: Sequence[str], stop: Stop, into: Sequence[Array] | None = None
+    ) -> Sequence[Array]:
+        """Compute the wanted outputs, into the given arrays where the backend can.
+
+        Raises:
+            CancelledError: `stop` was requested.
+            InvalidArgumentError: the model refuses these inputs.
+        """
+
+
+class Backend(Protocol):
+    """Turns the bytes of a model file into a model."""
+
+    name: str
+
+    def load(self, data: bytes, device: str, limits: Limits) -> LoadedModel:
+        """Vet and load a model file for `auto`, `cpu` or `cuda:N`.
+
+        Raises:
+            InvalidArgumentError: the file is no model of this format, or asks for something that is not allowed.
+        """

@@ -1,0 +1,100 @@
+"""A manifest says all that Remora must know of a model: one TOML file, whose every key `docs/models.md` explains.
+
+Checked when it is read, because a wrong key found while a guest waits helps nobody. Preprocessing is checked again by
+the backend that uses it; here only its form.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remora.errors import InvalidArgumentError, NotFoundError
+
+FILE_NAME = "manifest.toml"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+TASKS = ("classification", "tensor")
+FORMATS = ("onnx",)
+_TEXT_KEYS = ("name", "task", "description", "licence", "format", "file", "sha256", "labels", "source")
+_TABLES = ("preprocess", "scores", "recipe")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    name: str
+    task: str
+    file: str = "model.onnx"
+    format: str = "onnx"
+    sha256: str = ""  # of the file; empty: whatever lies there
+    description: str = ""
+    licence: str = ""
+    source: str = ""
+    labels: str = ""  # file with one label a line, beside the manifest
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InvalidArgumentError: names the file, the key, and what is allowed.
+    """
+    try:
+        return parse_manifest(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no manifest at {path}", fix="docs/models.md shows one") from error
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Check the text of a manifest; `where` names it in errors."""
+    try:
+        table = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"{where} is not valid TOML: {error}") from error
+    unknown = set(table) - set(_TEXT_KEYS) - set(_TABLES)
+    if unknown:
+        raise InvalidArgumentError(
+            f"{where} has unknown keys: {', '.join(sorted(unknown))}",
+            fix=f"allowed are {', '.join((*_TEXT_KEYS, *_TABLES))}",
+        )
+    for key in _TEXT_KEYS:
+        if not isinstance(table.get(key, ""), str):
+            raise InvalidArgumentError(f"{where}: {key} must be a string")
+    for key in _TABLES:
+        if not isinstance(table.get(key, {}), dict):
+            raise InvalidArgumentError(f"{where}: {key} must be a table, [{key}]")
+    for key in ("name", "task"):
+        if not table.get(key):
+            raise InvalidArgumentError(f"{where}: {key} is missing")
+    manifest = Manifest(**table)
+    _check(manifest, where)
+    return manifest
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    if not _NAME.fullmatch(manifest.name):
+        raise InvalidArgumentError(
+            f"{where}: name {manifest.name!r} is not allowed",
+            fix="use up to 63 lower-case letters, digits, dots, dashes and underscores",
+        )
+    for key, given, allowed in (("task", manifest.task, TASKS), ("format", manifest.format, FORMATS)):
+        if given not in allowed:
+            raise InvalidArgumentError(f"{where}: {key} is {given!r}", fix=f"allowed are {', '.join(allowed)}")
+    for key, given in (("file", manifest.file), ("labels", manifest.labels)):
+        if given and Path(given).name != given:
+            raise InvalidArgumentError(f"{where}: {key} is {given!r}", fix="name a file beside the manifest")
+    if manifest.sha256 and not _SHA256.fullmatch(manifest.sha256):
+        raise InvalidArgumentError(f"{where}: sha256 must be 64 hex digits")
+    if manifest.task == "classification" and not (manifest.preprocess and manifest.labels):
+        raise InvalidArgumentError(
+            f"{where}: a classification model needs [preprocess] and labels",
+            fix="add them, or use task = 'tensor'",
+        )
