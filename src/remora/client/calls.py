@@ -1,0 +1,160 @@
+"""Between the caller's Python values and the wire's messages, for the blocking and the asyncio session alike."""
+
+from __future__ import annotations
+
+from remora.client import tensors, values
+from remora.client.source import Source, read_picture
+from remora.errors import InvalidArgumentError, RemoraError
+from remora.wire import remora_v1 as v1
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+#: What `classify` uses unless told otherwise; `remora models build` makes it.
+DEFAULT_MODEL = "efficientnet-lite0"
+#: For each call whose caller gives no deadline. Loading a large model on a busy host takes tens of seconds.
+CALL_TIMEOUT_S = 60.0
+#: For the first connection.
+CONNECT_TIMEOUT_S = 10.0
+#: For getting a lost connection back: an agent's restart or a microVM's move takes less.
+RECONNECT_TIMEOUT_S = 30.0
+
+
+def client_name() -> str:
+    import remora
+
+    return f"remora-python/{remora.__version__}"
+
+
+def model_name(model: Any) -> str:  # str, Model or AsyncModel
+    """Return the name of a model that is given by its name or by what `load` returned."""
+    name = model if isinstance(model, str) else getattr(model, "name", None)
+    if not isinstance(name, str) or not name:
+        raise InvalidArgumentError(
+            f"model={model!r} names no model", fix="pass a name of session.models(), or what session.load() returned"
+        )
+    return name
+
+
+def limit(deadline: Optional[float], default_s: float) -> float:
+    """Return the time limit of a call, seconds."""
+    if deadline is None:
+        return default_s
+    if not deadline > 0:
+        raise InvalidArgumentError(f"deadline={deadline!r}: it is the time from now, in seconds, and must be above 0")
+    return float(deadline)
+
+
+def classify_request(image: Any, model: str, top: int, request_id: int) -> v1.ClassifyRequest:
+    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= 0xFFFFFFFF:
+        raise InvalidArgumentError(f"top={top!r}: it is how many labels are wanted, and must be 1 or more")
+    return v1.ClassifyRequest(model=model, image=read_picture(image), top=top, request_id=request_id)
+
+
+def labels(answer: v1.ClassifyResponse) -> List[values.Label]:
+    return [values.label(message) for message in answer.labels]
+
+
+def infer_request(
+    model: str,
+    inputs: Mapping[str, Any],
+    outputs: Optional[Sequence[str]],
+    request_id: int,
+) -> Tuple[v1.InferRequest, bool]:
+    """Return the request, and whether an input came as a numpy array."""
+    if isinstance(outputs, str):
+        raise InvalidArgumentError(f"outputs={outputs!r} is one name", fix=f"pass a list: outputs=[{outputs!r}]")
+    messages, arrays = tensors.to_wire(inputs)
+    request = v1.InferRequest(model=model, inputs=messages, outputs=list(outputs or ()), request_id=request_id)
+    return request, arrays
+
+
+def arrays_or_tensors(answer: v1.InferResponse, arrays: bool) -> Dict[str, Any]:
+    return tensors.from_wire(answer.outputs, arrays=arrays)
+
+
+def models(answer: v1.ModelsResponse) -> List[values.ModelInfo]:
+    return [values.model_info(message) for message in answer.models]
+
+
+def loaded(answer: v1.LoadModelResponse, name: str) -> values.ModelInfo:
+    return values.model_info(answer.model or v1.ModelInfo(name=name))
+
+
+def ping_request() -> v1.NoopRequest:
+    # Without a request id: an answer that was kept would measure nothing.
+    return v1.NoopRequest()
+
+
+class Loaded:
+    """A model that this session loaded, and what it takes to load it again."""
+
+    __slots__ = ("name", "source", "format", "epoch")
+
+    def __init__(self, name: str, source: Optional[Source], model_format: str, epoch: int) -> None:
+        self.name = name
+        #: None for a catalogue model: the agent has its bytes.
+        self.source = source
+        self.format = model_format
+        #: `Continuity.epoch` in which the agent loaded it.
+        self.epoch = epoch
+
+    def request(self) -> v1.LoadModelRequest:
+        return v1.LoadModelRequest(model=self.name, format=self.format)
+
+
+class Upload:
+    """Which chunk comes next. Sans-I/O: the session sends `requests()` in order and hands each answer to `answered`.
+
+    An answer can move the upload back (the agent lost a part) or forward (another session of the tenant sends the same
+    bytes); a round of chunks ends there and `requests` begins the next one.
+    """
+
+    #: Rounds without progress after which the upload has failed.
+    MAX_IDLE_ROUNDS = 3
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.received_bytes = 0
+        self.complete = False
+        self._furthest = -1
+        self._idle_rounds = 0
+        self._last_error: Optional[RemoraError] = None
+
+    def stat_request(self) -> v1.StatResourceRequest:
+        return v1.StatResourceRequest(digest=self.source.digest)
+
+    def stated(self, answer: v1.StatResourceResponse) -> None:
+        """Take the agent's answer to `stat_request`: a round of chunks may begin."""
+        self.complete = answer.complete
+        self.received_bytes = answer.received_bytes
+        if answer.received_bytes > self._furthest:
+            self._furthest, self._idle_rounds = answer.received_bytes, 0
+        else:
+            self._idle_rounds += 1
+        if not self.complete and self._idle_rounds > self.MAX_IDLE_ROUNDS:
+            raise InvalidArgumentError(
+                f"the upload of the model {self.source} does not get beyond byte {self.received_bytes}",
+                fix="see the agent's log for why it refuses the chunks",
+            ) from self._last_error
+
+    def requests(self, chunk_bytes: int) -> Iterable[v1.PutResourceRequest]:
+        for offset, data in self.source.chunks(self.received_bytes, chunk_bytes):
+            yield v1.PutResourceRequest(
+                digest=self.source.digest, offset=offset, total_bytes=self.source.size_bytes, data=data
+            )
+
+    def gap(self, error: RemoraError) -> None:
+        """Take note of a chunk that the agent refused because of what is missing before it; ask it again then."""
+        self._last_error = error
+
+    def answered(self, answer: v1.PutResourceResponse) -> None:
+        self.complete = self.complete or answer.complete
+        self.received_bytes = max(self.received_bytes, answer.received_bytes)
+
+
+def chunk_bytes(max_message_bytes: int) -> int:
+    """Return the size of chunks for an agent that accepts messages of `max_message_bytes`."""
+    # 1 KiB is more than the fields around the data take.
+    return max(4096, min(v1.CHUNK_BYTES, max_message_bytes - 1024))

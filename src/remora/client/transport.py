@@ -1,0 +1,93 @@
+"""From an address to a connected socket, or to an error that says what was tried and how to get an agent.
+
+"Connection refused" helps nobody who writes a function: the reader needs to know which places were looked at, why each
+failed, and which command starts an agent there.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from remora.client.address import Address
+from remora.errors import DeadlineExceededError, FailedPreconditionError, UnavailableError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import List, Sequence, Tuple, Union
+
+    SocketAddress = Union[bytes, str, Tuple[int, int], Tuple[str, int]]
+
+#: Enough for several tensors of an image model, so that a request seldom waits for the agent to read.
+_BUFFER_BYTES = 1 << 20
+
+
+def plan(address: Address) -> Tuple[int, SocketAddress]:
+    """Return the socket family and what `connect` takes for this address.
+
+    Raises:
+        FailedPreconditionError: this Python has no such sockets.
+    """
+    if address.kind == "unix":
+        return socket.AF_UNIX, "\0" + address.host[1:] if address.host.startswith("@") else address.host
+    if address.kind == "vsock":
+        family = getattr(socket, "AF_VSOCK", None)
+        if family is None:
+            raise FailedPreconditionError(
+                f"{address} needs vsock, and this Python was built without it",
+                fix="use a Unix socket: REMORA_ADDRESS=unix:///run/remora/accel.sock",
+            )
+        return family, (int(address.host), address.port)
+    return (socket.AF_INET6 if ":" in address.host else socket.AF_INET), (address.host, address.port)
+
+
+def prepare(sock: socket.socket) -> None:
+    """Set what both the blocking and the asyncio client want of a socket."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+
+
+def open_socket(address: Address, timeout_s: float) -> socket.socket:
+    """Return a blocking socket that is connected to `address`.
+
+    Raises:
+        OSError: nothing answers there.
+        FailedPreconditionError: this Python has no such sockets.
+    """
+    family, where = plan(address)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        prepare(sock)
+        sock.settimeout(timeout_s)
+        sock.connect(where)
+        sock.settimeout(None)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def no_agent(tried: Sequence[Tuple[Address, Exception]]) -> UnavailableError:
+    """Return the error for having found no agent anywhere."""
+    lines: List[str] = [f"{address} [{address.origin}]: {_reason(error)}" for address, error in tried]
+    where = tried[0][0]
+    if where.kind == "vsock":
+        fix = "start an agent on the host, or set REMORA_ADDRESS to where one listens"
+    else:
+        command = f"remora agent --listen {where.url} --state DIR"
+        fix = f"start one with `{command}`, or set REMORA_ADDRESS to where one listens"
+    return UnavailableError(f"no agent found; tried {'; '.join(lines)}", fix=fix)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such socket"
+    if isinstance(error, ConnectionRefusedError):
+        return "nobody listens there (any more)"
+    if isinstance(error, PermissionError):
+        return "this user may not connect to it"
+    if isinstance(error, (socket.timeout, TimeoutError, DeadlineExceededError)):
+        return "no answer in time"
+    if isinstance(error, OSError):
+        return error.strerror or str(error) or type(error).__name__
+    return str(error)
