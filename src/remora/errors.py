@@ -11,7 +11,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs the guest more than this whole module
-    from typing import Dict, Optional, Type
+    from typing import Any, Dict, Optional, Tuple, Type
 
 
 class RemoraError(Exception):
@@ -28,6 +28,8 @@ class RemoraError(Exception):
     exit_status: int = 1
     #: True if the same request may succeed when it is sent again, unchanged.
     retryable: bool = False
+    #: What a peer attached to its error status: `wire.ttrpc.messages.Any` values, which this module must not know.
+    details: Tuple[Any, ...] = ()
 
     def __init__(self, message: str, *, fix: Optional[str] = None) -> None:
         super().__init__(message)

@@ -62,6 +62,9 @@ class Reactor:
         self._posted: Deque[Callable[[], None]] = deque()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._running = False
+        #: One receive buffer for all callbacks, so that a connection needs none while it is idle. What is in it is
+        #: only valid until the callback returns.
+        self.scratch = memoryview(bytearray(65536))
         self.on_error = on_error
         self.register(self._wake_r, READ, self._drain)
 
