@@ -24,8 +24,8 @@ def operation(session: remora.Session, kind: str, model: str, path: Path) -> Cal
     if kind == "picture":
         picture = path.read_bytes()
         return lambda: session.classify(picture, model=model)
-    tensor = np.load(path)
-    return lambda: session.infer(model, {"input": tensor})
+    feeds = {next(info for info in session.models() if info.name == model).inputs[0].name: np.load(path)}
+    return lambda: session.infer(model, feeds)
 
 
 def main(address: str, kind: str, model: str, path: str) -> None:
