@@ -1,7 +1,8 @@
 """ONNX models on ONNX Runtime.
 
-Loading a model is a security border (measured on ONNX Runtime 1.32): a model loaded from bytes may still name *external data* as a file in the current directory and have its content come
-back as an output. So a file is parsed and vetted first, is loaded from bytes, and the worker's directory is empty.
+Loading a model is a security border (measured on ONNX Runtime 1.32): a model loaded from bytes may still name *external
+data* as a file in the current directory and have its content come back as an output. So a file is parsed and vetted
+first, is loaded from bytes, and the worker's directory is empty.
 
 Official wheels of ONNX Runtime start a telemetry thread on import unless `ORT_DISABLE_TELEMETRY=1` is set before.
 `intra_op_num_threads=1`: one session called from several threads reaches 216 images/s on two cores where a two-thread

@@ -1,0 +1,1 @@
+"""The processes that touch accelerators: confined, supervised, fed through shared memory (`contract.py` says how)."""

@@ -1,0 +1,361 @@
+"""One trust domain's worker, kept alive: what it should have loaded, what it runs, and what happens when it dies.
+
+The state that matters (which models, which jobs) is here and not in the process, so a new process is brought to where
+the old one was. Jobs wait here only while there is no process, or while it loads or maps what they need.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from remora.errors import (
+    AbortedError,
+    CancelledError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    NotFoundError,
+    ProtocolError,
+    RemoraError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from remora.reactor import Reactor, Timer
+from remora.workers.arena import Arena
+from remora.workers.contract import ModelSource, ModelSpec, Result
+from remora.workers.jobs import PendingJob
+from remora.workers.process import WorkerProcess
+from remora.workers.protocol import Message, error_of, specs_of, text, whole
+from remora.workers.settings import WorkerSettings
+
+_MOST_US = 1 << 40
+#: A worker that lived this long did not die of how it starts: the next one starts without delay.
+_HEALTHY_S = 10.0
+_FAILED_STARTS = 3
+_MOST_SIZES = 1024
+LoadDone = Callable[[ModelSpec | RemoraError], None]
+
+
+@dataclass
+class _Model:
+    source: ModelSource
+    spec: ModelSpec | None = None  # what it turned out to be, also while a new worker loads it again
+    state: str = "wanted"  # wanted -> loading -> loaded
+    deaths: int = 0
+    waiters: list[LoadDone] = field(default_factory=list)
+
+
+class Domain:
+    """Runs the jobs of one trust domain on one worker at a time."""
+
+    def __init__(
+        self, name: str, *, shared: bool, reactor: Reactor, settings: WorkerSettings, take: Callable[[], WorkerProcess]
+    ) -> None:
+        self.name = name
+        self.process: WorkerProcess | None = None
+        self.jobs: dict[int, PendingJob] = {}
+        self.waiting: deque[PendingJob] = deque()
+        self.restarts = 0
+        self._shared = shared
+        self._reactor = reactor
+        self._settings = settings
+        self._take = take
+        self._models: dict[str, _Model] = {}
+        self._arenas: dict[int, bool] = {}  # id -> mapped by the worker
+        self._sizes: dict[tuple[object, ...], int] = {}
+        self._backoff_s = 0.0
+        self._failed_starts = 0
+        self._restart: Timer | None = None
+        self._blameless = False
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def load(self, source: ModelSource, done: LoadDone) -> None:
+        model = self._models.get(source.key)
+        if model is None or model.source.digest != source.digest:
+            model = self._models[source.key] = _Model(source)
+        if model.state == "loaded" and model.spec is not None:
+            spec = model.spec
+            self._reactor.call_soon(lambda: done(spec))
+            return
+        model.waiters.append(done)
+        self._advance()
+
+    def unload(self, key: str) -> None:
+        model = self._models.pop(key, None)
+        if model is None:
+            return
+        if self.process is not None and model.state != "wanted":
+            self.process.tell({"t": "unload", "key": key})
+        self._answer_load(model, CancelledError(f"model {key} was unloaded while it was loading"))
+        for pending in [job for job in self.waiting if job.job.model == key]:
+            self.waiting.remove(pending)
+            pending.finish(NotFoundError(f"model {key} was unloaded"))
+
+    def models(self) -> tuple[str, ...]:
+        return tuple(key for key, model in self._models.items() if model.state == "loaded")
+
+    def device(self) -> str:
+        devices = {model.spec.device for model in self._models.values() if model.spec is not None}
+        return ",".join(sorted(devices)) or "none"
+
+    def _send_load(self, process: WorkerProcess, model: _Model) -> None:
+        source = model.source
+        try:
+            fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            del self._models[source.key]
+            problem = NotFoundError(f"the file of model {source.key} cannot be opened: {error.strerror}")
+            self._reactor.call_soon(lambda: self._answer_load(model, problem))
+            return
+        model.state = "loading"
+        manifest = {key: source.manifest[key] for key in ("preprocess", "scores") if key in source.manifest}
+        message = {"t": "load", "key": source.key, "format": source.format, "digest": source.digest}
+        process.tell({**message, "task": source.task, "manifest": manifest}, fd)
+
+    def _loaded(self, message: Message) -> None:
+        model = self._models.get(text(message.get("key"), "model"))
+        if model is None:
+            return  # unloaded meanwhile
+        if model.state != "loading":
+            raise ProtocolError("the worker loaded a model that was not asked for")
+        if message["t"] == "refused":
+            error = error_of(message.get("error"))
+            del self._models[model.source.key]
+            self._answer_load(model, error)
+            for pending in [job for job in self.waiting if job.job.model == model.source.key]:
+                self.waiting.remove(pending)
+                pending.finish(error)
+            return
+        model.spec = ModelSpec(
+            key=model.source.key,
+            task=model.source.task,
+            inputs=specs_of(message.get("inputs")),
+            outputs=specs_of(message.get("outputs")),
+            device=text(message.get("device"), "device"),
+            memory_bytes=whole(message.get("mem"), "memory size", 1 << 50),
+        )
+        model.state = "loaded"
+        self._answer_load(model, model.spec)
+        self._advance()
+
+    @staticmethod
+    def _answer_load(model: _Model, outcome: ModelSpec | RemoraError) -> None:
+        waiters, model.waiters = model.waiters, []
+        for done in waiters:
+            done(outcome)
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    def submit(self, pending: PendingJob) -> None:
+        model = self._models.get(pending.job.model)
+        if model is None and pending.job.operation != "noop":
+            problem = NotFoundError(f"model {pending.job.model} is not loaded", fix="load it first")
+            self._reactor.call_soon(lambda: pending.finish(problem))
+            return
+        if pending.job.deadline_s is not None:
+            delay_s = pending.job.deadline_s - time.monotonic()
+            late = DeadlineExceededError("the deadline passed before the job was done")
+            pending.timer = self._reactor.call_later(max(0.0, delay_s), lambda: self.give_up(pending, late))
+        if self.waiting or not self._start(pending):
+            self.waiting.append(pending)
+            self._advance()
+
+    def give_up(self, pending: PendingJob, error: RemoraError) -> None:
+        """Cancel a job: at once while it waits, else when its worker lets go of it or is killed."""
+        if pending.done is None or pending.error is not None:
+            return
+        pending.error = error
+        if pending.id not in self.jobs or self.process is None:
+            if pending in self.waiting:
+                self.waiting.remove(pending)
+            self._reactor.call_soon(lambda: pending.finish(error))
+            return
+        process = self.process
+        process.tell({"t": "cancel", "id": pending.id})
+        pending.grace = self._reactor.call_later(self._settings.stop_grace_s, lambda: self._kill_for(process, pending))
+
+    def _kill_for(self, process: WorkerProcess, pending: PendingJob) -> None:
+        if pending.done is not None and self.process is process:
+            self._blameless = True
+            process.kill("a job did not stop when it was told to")
+
+    def _start(self, pending: PendingJob) -> bool:
+        """Hand a job to the worker; False if something that it needs is not there yet."""
+        process = self.process
+        if process is None or not process.ready or process.dead:
+            return False
+        spec = None
+        if pending.job.operation != "noop":
+            model = self._models.get(pending.job.model)
+            if model is None or model.state != "loaded" or pending.arena is None or not self._mapped(pending.arena):
+                return False
+            spec = model.spec
+        try:
+            data = pending.datagram(spec, self._sizes.get(pending.shapes(), 0))
+        except RemoraError as error:
+            problem = error
+            self._reactor.call_soon(lambda: pending.finish(problem))
+            return True
+        self.jobs[pending.id] = pending
+        process.send_job(data)
+        return True
+
+    def _mapped(self, arena: Arena) -> bool:
+        mapped = self._arenas.get(arena.id)
+        if mapped is None and self.process is not None:
+            self._arenas[arena.id] = False
+            self.process.tell({"t": "arena", "id": arena.id, "size": arena.size}, os.dup(arena.fd))
+        return bool(mapped)
+
+    def forget(self, arena: Arena) -> None:
+        """Have the worker unmap an arena, once nothing of it is in use there."""
+        if self._arenas.pop(arena.id, None) is not None and self.process is not None:
+            self.process.tell({"t": "drop", "id": arena.id})
+
+    def _answered(self, message: Message) -> None:
+        pending = self.jobs.get(whole(message.get("id"), "job", 1 << 62))
+        if pending is None:
+            raise ProtocolError("the worker answered a job that it does not have")
+        if message["t"] == "need":
+            self._need(pending, whole(message.get("len"), "size", 1 << 50))
+            return
+        run_us = whole(message.get("us"), "time", _MOST_US)
+        outcome: Result | RemoraError
+        if message["t"] == "failed":
+            outcome = error_of(message.get("error"))
+        else:
+            model = self._models.get(pending.job.model)
+            outcome = pending.result(message, model.source if model is not None else None, run_us)
+        del self.jobs[pending.id]
+        self._failed_starts = 0
+        if pending.error is not None:
+            if isinstance(outcome, Result):
+                outcome.release()
+            outcome = pending.error
+        pending.finish(outcome)
+
+    def _need(self, pending: PendingJob, size_bytes: int) -> None:
+        """Answer a worker that found the outputs to be larger than their block."""
+        if pending.block is None:
+            raise ProtocolError("the worker asked for memory that the job has no use for")
+        offset = length = 0
+        if size_bytes <= self._settings.output_bytes:
+            try:
+                block = pending.grow(size_bytes)
+            except ResourceExhaustedError:
+                pass  # the worker is told so, and fails the job with the size that it needs
+            else:
+                offset, length = block.offset, block.size
+                if len(self._sizes) >= _MOST_SIZES:
+                    self._sizes.clear()
+                self._sizes[pending.shapes()] = size_bytes
+        if self.process is not None:
+            self.process.tell({"t": "block", "id": pending.id, "off": offset, "len": length})
+
+    # -- the process --------------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Do what can be done now: start a process, load what is wanted, hand out jobs in order."""
+        process = self.process
+        if process is None:
+            if self._restart is None and (self.waiting or self._models):
+                self._restart = self._reactor.call_later(self._backoff_s, self._launch)
+            return
+        if not process.ready:
+            return
+        for model in [model for model in self._models.values() if model.state == "wanted"]:
+            self._send_load(process, model)
+        for _ in range(len(self.waiting)):
+            pending = self.waiting.popleft()
+            if not self._start(pending):
+                self.waiting.append(pending)
+
+    def _launch(self) -> None:
+        self._restart = None
+        try:
+            process = self._take()
+        except RemoraError as error:
+            self._fail_all(error)
+            return
+        self.process = process
+        process.on_message = self._message
+        process.on_death = lambda reason: self._died(process, reason)
+        process.on_ready = lambda: self._assign(process)
+        if process.ready:
+            self._assign(process)
+
+    def _assign(self, process: WorkerProcess) -> None:
+        memory = self._settings.shared_memory_bytes if self._shared else self._settings.tenant_memory_bytes
+        device, threads = self._settings.device, self._settings.threads
+        process.tell({"t": "assign", "memory": memory, "threads": threads, "device": device})
+        self._advance()
+
+    def _message(self, message: Message) -> None:
+        kind = message["t"]
+        if kind in ("done", "failed", "need"):
+            self._answered(message)
+        elif kind in ("loaded", "refused"):
+            self._loaded(message)
+        elif kind == "arena":
+            if self._arenas.get(whole(message.get("id"), "arena", 1 << 62)) is False:
+                self._arenas[message["id"]] = True
+                self._advance()
+        else:
+            raise ProtocolError(f"the worker sent an unknown message {kind[:40]!r}")
+
+    def _died(self, process: WorkerProcess, reason: str) -> None:
+        if self.process is not process:
+            return
+        self.process = None
+        self._arenas.clear()
+        self.restarts += 1
+        if not process.ready:
+            self._failed_starts += 1
+        lived_s = time.monotonic() - process.started_s
+        first, most = self._settings.backoff_first_s, self._settings.backoff_most_s
+        self._backoff_s = 0.0 if lived_s > _HEALTHY_S else min(most, max(first, 2 * self._backoff_s))
+        blamed, self._blameless = not self._blameless, False
+        in_flight, self.jobs = list(self.jobs.values()), {}
+        survivors = [pending for pending in in_flight if pending.survive(reason, blamed=blamed)]
+        self.waiting.extendleft(reversed(survivors))
+        for model in list(self._models.values()):
+            if model.state == "loading":
+                model.deaths += 1
+            model.state = "wanted"
+            if model.deaths >= 2:
+                del self._models[model.source.key]
+                self._answer_load(model, AbortedError(f"two workers died while they loaded this model: {reason}"))
+        if self._failed_starts >= _FAILED_STARTS:
+            self._failed_starts = 0
+            fix = "see the agent's log; `bwrap` and the Python packages of remora[node] must work for this user"
+            self._fail_all(FailedPreconditionError(f"workers do not start: {reason}", fix=fix))
+        elif survivors or self._models or self.waiting:
+            self._advance()
+
+    def _fail_all(self, error: RemoraError) -> None:
+        for model in list(self._models.values()):
+            if model.waiters:
+                del self._models[model.source.key]
+                self._answer_load(model, error)
+        waiting, self.waiting = self.waiting, deque()
+        for pending in waiting:
+            pending.finish(error)
+
+    def close(self, error: RemoraError | None = None) -> WorkerProcess | None:
+        """Kill the worker and answer whatever is in flight; returns the process, to be waited for."""
+        error = error or UnavailableError("the workers were shut down")
+        process, self.process = self.process, None
+        if self._restart is not None:
+            self._restart.cancel()
+        if process is not None:
+            process.kill("it was closed")
+        in_flight, self.jobs = self.jobs, {}
+        for pending in in_flight.values():
+            pending.finish(pending.error or error)
+        self._fail_all(error)
+        self._models.clear()
+        return process

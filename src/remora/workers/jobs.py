@@ -1,0 +1,173 @@
+"""A job on its way: the datagram it becomes, the memory it holds, and its one answer.
+
+Where a job's tensors lie in its tenant's arena they go to the worker as offsets; where they don't they are copied in
+once. The memory stays until the worker has let go of it (it answered or died): only then is `done` called, so a caller
+may reuse what it passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+from remora.errors import AbortedError, InvalidArgumentError, RemoraError
+from remora.reactor import Timer
+from remora.wire.remora_v1 import DTYPES
+from remora.workers.arena import Arena, ArenaBlock
+from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView
+from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, labels_of, outputs_of
+
+Done = Callable[[Result | RemoraError], None]
+#: First guess for outputs whose size only running tells.
+_GUESS_BYTES = 64 * 1024
+
+
+class PendingJob:
+    """A submitted job until it is answered."""
+
+    __slots__ = ("id", "job", "done", "arena", "attempts", "error", "timer", "grace", "block", "_copies", "_wanted")
+
+    def __init__(self, job_id: int, job: Job, arena: Arena | None, done: Done) -> None:
+        self.id = job_id
+        self.job = job
+        self.done: Done | None = done
+        self.arena = arena
+        self.attempts = 0
+        #: Why it was given up; its worker has yet to let go.
+        self.error: RemoraError | None = None
+        self.timer: Timer | None = None
+        self.grace: Timer | None = None
+        self.block: ArenaBlock | None = None
+        self._copies: list[ArenaBlock] = []
+        self._wanted: tuple[TensorSpec, ...] = ()
+
+    # -- the way there ------------------------------------------------------------------------------------------------
+
+    def datagram(self, spec: ModelSpec | None, guess_bytes: int) -> bytes:
+        """Return the message for the worker; memory that it names is held from now on.
+
+        Raises:
+            InvalidArgumentError: the model has no such output, or the request is too long to describe.
+            ResourceExhaustedError: the arena is full.
+        """
+        self._free_memory()
+        message: Message = {"t": self.job.operation, "id": self.id}
+        if spec is not None and self.arena is not None:
+            message.update(m=spec.key, a=self.arena.id)
+            if self.job.operation == "classify":
+                image = self.job.image or memoryview(b"")
+                message.update(off=self._place(image), len=len(image), top=self.job.top)
+            else:
+                self._wanted = wanted_outputs(spec, self.job.outputs)
+                self.block = self.arena.allocate(guess_bytes or declared_bytes(self._wanted) or _GUESS_BYTES)
+                message["in"] = [
+                    [tensor.name, tensor.dtype, tensor.shape, self._place(tensor.data), len(tensor.data)]
+                    for tensor in self.job.inputs
+                ]
+                message.update(out=self.job.outputs, off=self.block.offset, len=self.block.size)
+        data = encode(message)
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise InvalidArgumentError("the request has too many tensors, or too long names", fix="send fewer at once")
+        return data
+
+    def _place(self, view: memoryview) -> int:
+        assert self.arena is not None
+        offset = self.arena.locate(view)
+        if offset is None:
+            copy = self.arena.allocate(len(view))
+            self._copies.append(copy)
+            copy.view[:] = view
+            offset = copy.offset
+        return offset
+
+    def shapes(self) -> tuple[object, ...]:
+        """Return what a model's output size depends on, as a rule."""
+        return (self.job.model, self.job.outputs, *(tensor.shape for tensor in self.job.inputs))
+
+    def grow(self, size_bytes: int) -> ArenaBlock:
+        """Replace the block for outputs by a larger one, which must be free in the arena."""
+        assert self.arena is not None
+        larger = self.arena.allocate(size_bytes)
+        if self.block is not None:
+            self.block.release()
+        self.block = larger
+        return larger
+
+    # -- the way back -------------------------------------------------------------------------------------------------
+
+    def result(self, message: Message, source: ModelSource | None, run_us: int) -> Result:
+        """Return the checked answer of a worker; the memory of outputs now belongs to the result.
+
+        Raises:
+            ProtocolError: the answer is impossible.
+        """
+        if self.job.operation == "classify" and source is not None:
+            names: Sequence[str] = source.manifest.get("labels", ())
+            ranking = labels_of(message.get("labels"), len(names) or 1 << 31, max(1, self.job.top))
+            return Result(
+                labels=tuple(
+                    LabelScore(index, names[index] if names else str(index), score) for index, score in ranking
+                ),
+                run_us=run_us,
+            )
+        if self.job.operation == "infer" and self.block is not None and self.arena is not None:
+            memory, block = self.arena.memory, self.block
+            places = outputs_of(message.get("out"), self._wanted, block.offset, block.size)
+            views = tuple(
+                TensorView(name, dtype, shape, memory[start : start + length])
+                for name, dtype, shape, start, length in places
+            )
+            self.block = None
+            return Result(outputs=views, run_us=run_us, release=block.release)
+        return Result(run_us=run_us)
+
+    def finish(self, outcome: Result | RemoraError) -> None:
+        """Answer the caller, once, and let go of everything else."""
+        done, self.done = self.done, None
+        for timer in (self.timer, self.grace):
+            if timer is not None:
+                timer.cancel()
+        self.timer = self.grace = None
+        self._free_memory()
+        if done is not None:
+            done(outcome)
+
+    def survive(self, reason: str, *, blamed: bool) -> bool:
+        """Note the death of its worker; False if the job is over with it."""
+        if self.error is not None:
+            self.finish(self.error)
+            return False
+        self.attempts += blamed
+        if self.attempts >= 2:
+            self.finish(AbortedError(f"two workers died while they ran this job; the last one: {reason}"))
+            return False
+        return True
+
+    def _free_memory(self) -> None:
+        if self.block is not None:
+            self.block.release()
+            self.block = None
+        for copy in self._copies:
+            copy.release()
+        self._copies.clear()
+
+
+def wanted_outputs(spec: ModelSpec, names: Sequence[str]) -> tuple[TensorSpec, ...]:
+    """Return the outputs asked for, all when none is named."""
+    if not names:
+        return spec.outputs
+    known = {output.name: output for output in spec.outputs}
+    for name in names:
+        if name not in known:
+            raise InvalidArgumentError(f"model {spec.key} has no output {name!r}", fix=f"it has {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+def declared_bytes(outputs: Sequence[TensorSpec]) -> int:
+    """Return the size of outputs with the room for alignment, 0 if a dimension is open."""
+    total = 0
+    for output in outputs:
+        if any(dim < 0 for dim in output.shape):
+            return 0
+        total += (prod(output.shape) * DTYPES[output.dtype] + 63) // 64 * 64
+    return total

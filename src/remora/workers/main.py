@@ -1,0 +1,298 @@
+"""The worker process: maps arenas, loads models, runs jobs.
+
+The main thread answers the control socket; each job thread takes jobs off the job socket by itself. Whatever goes wrong
+with one job is an answer, never an end; the end of either socket ends the process at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np
+
+from remora.backends.contract import Array, Limits, LoadedModel, Spec, Stop
+from remora.backends.onnx import OnnxBackend
+from remora.backends.vision import Classifier
+from remora.errors import (
+    CancelledError,
+    DataLossError,
+    InternalError,
+    InvalidArgumentError,
+    RemoraError,
+    ResourceExhaustedError,
+)
+from remora.workers import seccomp
+from remora.workers.arena import ALIGN
+from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, error_parts
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+_BACKENDS = {"onnx": OnnxBackend}
+#: Outputs at least this large are computed straight into the arena; below, binding costs more than the copy.
+_BIND_BYTES = 64 * 1024
+_MAX_EARLY_STOPS = 1024
+
+
+class Worker:
+    """One process's state. Dicts are changed by the control thread only; job threads read them."""
+
+    def __init__(self, jobs: socket.socket, control: socket.socket, limits: Limits) -> None:
+        self._jobs = jobs
+        self._control = control
+        self._limits = limits
+        self._device = "auto"
+        self._control_lock = threading.Lock()
+        self._arenas: dict[int, mmap.mmap] = {}
+        self._models: dict[str, tuple[LoadedModel, Classifier | None]] = {}
+        self._lock = threading.Lock()
+        self._running: dict[int, Stop] = {}
+        self._stopped_early: dict[int, None] = {}
+        self._needs: dict[int, tuple[threading.Event, list[int]]] = {}
+
+    # -- control ------------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Answer the control socket until it ends."""
+        self._tell({"t": "hello"})
+        while True:
+            data, fds, _flags, _address = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1)
+            if not data:
+                return
+            self._handle(_parse(data), fds[0] if fds else -1)
+
+    def _handle(self, message: Message, fd: int) -> None:
+        kind = message["t"]
+        if kind == "cancel":
+            self._cancel(message["id"])
+        elif kind == "block":
+            event, place = self._needs.pop(message["id"], (None, []))
+            if event is not None:
+                place[:] = [message["off"], message["len"]]
+                event.set()
+        elif kind == "arena":
+            self._arenas[message["id"]] = mmap.mmap(fd, message["size"])
+            os.close(fd)
+            self._tell({"t": "arena", "id": message["id"]})
+        elif kind == "drop":
+            self._arenas.pop(message["id"], None)
+        elif kind == "load":
+            threading.Thread(target=self._load, args=(message, fd), daemon=True).start()
+        elif kind == "unload":
+            self._models.pop(message["key"], None)
+        elif kind == "assign":
+            self._assign(message)
+
+    def _assign(self, message: Message) -> None:
+        if message["memory"]:
+            resource.setrlimit(resource.RLIMIT_AS, (message["memory"], message["memory"]))
+        self._device = message["device"]
+        for number in range(message["threads"]):
+            threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
+
+    def _load(self, message: Message, fd: int) -> None:
+        key = message["key"]
+        try:
+            with os.fdopen(fd, "rb") as file:
+                data = file.read(self._limits.model_bytes + 1)
+            if len(data) > self._limits.model_bytes:
+                raise InvalidArgumentError(f"the model file is larger than {self._limits.model_bytes} bytes")
+            if f"sha256:{hashlib.sha256(data).hexdigest()}" != message["digest"]:
+                raise DataLossError(f"the file of model {key} is not the one with digest {message['digest']}")
+            model = _BACKENDS[message["format"]]().load(data, self._device, self._limits)
+            classify = message["task"] == "classification"
+            self._models[key] = model, Classifier.from_manifest(model, message["manifest"]) if classify else None
+            answer: Message = {
+                "t": "loaded",
+                "key": key,
+                "inputs": [[spec.name, spec.dtype, spec.shape] for spec in model.inputs],
+                "outputs": [[spec.name, spec.dtype, spec.shape] for spec in model.outputs],
+                "device": model.device,
+                "mem": model.memory_bytes,
+            }
+        except RemoraError as error:
+            answer = {"t": "refused", "key": key, "error": error_parts(error)}
+        except MemoryError:
+            full = ResourceExhaustedError("the model does not fit into the memory of its worker")
+            answer = {"t": "refused", "key": key, "error": error_parts(full)}
+        except Exception as error:  # noqa: BLE001 - the border of a hostile model: reported, never swallowed
+            answer = {"t": "refused", "key": key, "error": error_parts(_unexpected(error))}
+        self._tell(answer)
+
+    def _tell(self, message: Message) -> None:
+        with self._control_lock:
+            self._control.send(encode(message))
+
+    def _cancel(self, job_id: int) -> None:
+        with self._lock:
+            stop = self._running.get(job_id)
+            if stop is None:
+                # Not taken off the socket yet, or just answered; the bound keeps the latter from piling up.
+                self._stopped_early[job_id] = None
+                if len(self._stopped_early) > _MAX_EARLY_STOPS:
+                    del self._stopped_early[next(iter(self._stopped_early))]
+                return
+        stop.request()
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        receive, send = self._jobs.recv, self._jobs.send
+        while True:
+            data = receive(MAX_MESSAGE_BYTES)
+            if not data:
+                os._exit(0)
+            job = _parse(data)
+            send(encode(self._run(job)))
+
+    def _run(self, job: Message) -> Message:
+        job_id = job["id"]
+        stop = Stop()
+        with self._lock:
+            self._running[job_id] = stop
+            if job_id in self._stopped_early:
+                del self._stopped_early[job_id]
+                stop.request()
+        started = time.perf_counter_ns()
+        try:
+            if stop.requested:
+                raise CancelledError("the job was stopped before it ran")
+            answer = self._compute(job, stop)
+        except RemoraError as error:
+            answer = {"t": "failed", "id": job_id, "error": error_parts(error)}
+        except MemoryError:
+            full = ResourceExhaustedError("the job needs more memory than its worker may use")
+            answer = {"t": "failed", "id": job_id, "error": error_parts(full)}
+        except Exception as error:  # noqa: BLE001 - one job's fault must not end the others; reported to the agent
+            answer = {"t": "failed", "id": job_id, "error": error_parts(_unexpected(error))}
+        finally:
+            with self._lock:
+                del self._running[job_id]
+        answer["us"] = (time.perf_counter_ns() - started) // 1000
+        return answer
+
+    def _compute(self, job: Message, stop: Stop) -> Message:
+        if job["t"] == "noop":
+            return {"t": "done", "id": job["id"]}
+        model, classifier = self._models.get(job["m"], (None, None))
+        if model is None:
+            raise InternalError(f"model {job['m']} is not loaded in this worker")
+        memory = self._arenas[job["a"]]
+        if job["t"] == "classify":
+            if classifier is None:
+                raise InvalidArgumentError(
+                    f"model {job['m']} does not classify pictures", fix="send tensors with infer, or use another model"
+                )
+            picture = memoryview(memory)[job["off"] : job["off"] + job["len"]]
+            return {
+                "t": "done",
+                "id": job["id"],
+                "labels": classifier.classify(picture, job["top"], stop, self._limits),
+            }
+        feeds = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
+        return {"t": "done", "id": job["id"], "out": self._infer(job, model, memory, feeds, stop)}
+
+    def _infer(
+        self, job: Message, model: LoadedModel, memory: mmap.mmap, feeds: dict[str, Array], stop: Stop
+    ) -> list[list[object]]:
+        wanted = model.check(feeds, job["out"])
+        planned: Sequence[Spec] | None = model.plan(feeds, wanted)
+        if planned is not None and sum(_size(spec) for spec in planned) >= _BIND_BYTES:
+            places = self._place(job, planned)
+            into = [
+                _array(memory, spec.dtype, spec.shape, offset) for spec, offset in zip(planned, places, strict=True)
+            ]
+            model.run(feeds, wanted, stop, into)
+        else:
+            computed = model.run(feeds, wanted, stop)
+            planned = [Spec(name, array.dtype.name, array.shape) for name, array in zip(wanted, computed, strict=True)]
+            places = self._place(job, planned)
+            for spec, offset, array in zip(planned, places, computed, strict=True):
+                _array(memory, spec.dtype, spec.shape, offset)[...] = array
+        return [
+            [spec.name, spec.dtype, spec.shape, offset, _size(spec)]
+            for spec, offset in zip(planned, places, strict=True)
+        ]
+
+    def _place(self, job: Message, planned: Sequence[Spec]) -> list[int]:
+        """Return an offset for each output inside the job's block, asking for a larger one when it is too small."""
+        offsets, total = [], 0
+        for spec in planned:
+            offsets.append(total)
+            total += (_size(spec) + ALIGN - 1) // ALIGN * ALIGN
+        start, room = job["off"], job["len"]
+        if total > room:
+            event, place = threading.Event(), [0, 0]
+            self._needs[job["id"]] = event, place
+            self._jobs.send(encode({"t": "need", "id": job["id"], "len": total}))
+            event.wait()
+            start, room = place
+            if room < total:
+                raise ResourceExhaustedError(
+                    f"the outputs have {total} bytes, more than one job may return now", fix="ask for fewer outputs"
+                )
+        return [start + offset for offset in offsets]
+
+
+def _parse(data: bytes) -> Message:
+    from json import loads
+
+    message: Message = loads(data)
+    return message
+
+
+def _array(memory: mmap.mmap, dtype: str, shape: Sequence[int], offset: int) -> Array:
+    return np.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
+
+
+def _size(spec: Spec) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+
+
+def _unexpected(error: Exception) -> InternalError:
+    return InternalError(f"the worker failed: {type(error).__name__}: {error}")
+
+
+def _confine_self(open_files: int, processes: int) -> None:
+    """Set what every worker gets, whether bubblewrap is around it or not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_NO_NEW_PRIVS, 1)):
+        if libc.prctl(option, value, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
+    if processes:
+        resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+    if os.getcwd() != "/empty":  # not in bubblewrap: a directory that is gone is empty, and stays so
+        os.chdir(tempfile.mkdtemp(prefix="remora-worker-"))
+        os.rmdir(os.getcwd())
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serve: job socket, control socket, open files, processes, model bytes, pixels, seccomp, all as numbers."""
+    job_fd, control_fd, open_files, processes, model_bytes, pixels, filtered = (int(part) for part in argv)
+    _confine_self(open_files, processes)
+    if filtered:
+        seccomp.install()
+    limits = Limits(model_bytes=model_bytes, pixels=pixels)
+    worker = Worker(socket.socket(fileno=job_fd), socket.socket(fileno=control_fd), limits)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the agent's to handle
+    try:
+        worker.serve()
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the agent is gone: so are we
+    sys.stderr.flush()
+    os._exit(0)

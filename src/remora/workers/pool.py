@@ -1,0 +1,171 @@
+"""The agent's `Workers`: one confined worker per trust domain, one arena per tenant, and a spare worker in waiting.
+
+The spare has started, imported and confined itself but belongs to nobody; the first upload of a tenant then waits for
+its model only. It is never reused: a worker that has served a domain ends with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+
+from remora.errors import CancelledError, InvalidArgumentError, RemoraError, UnavailableError
+from remora.reactor import Reactor, Timer
+from remora.workers import launcher
+from remora.workers.arena import Arena, ArenaBlock
+from remora.workers.contract import SHARED, Job, ModelSource, WorkerInfo
+from remora.workers.domain import Domain, LoadDone
+from remora.workers.jobs import Done, PendingJob
+from remora.workers.process import WorkerProcess, memory_bytes
+from remora.workers.settings import WorkerSettings
+
+_OPERATIONS = ("infer", "classify", "noop")
+#: A new spare starts this long after the last was taken, so that it does not compete with the one who took it.
+_SPARE_DELAY_S = 1.0
+
+
+class _Handle:
+    """The caller's way to give a job up."""
+
+    __slots__ = ("_domain", "_pending")
+
+    def __init__(self, domain: Domain | None, pending: PendingJob) -> None:
+        self._domain = domain
+        self._pending = pending
+
+    def cancel(self) -> None:
+        if self._domain is not None:
+            self._domain.give_up(self._pending, CancelledError("the job was cancelled"))
+
+
+class WorkerPool:
+    """Implements `contract.Workers` on a reactor. All calls from the reactor's thread.
+
+    Raises:
+        FailedPreconditionError: workers cannot be confined here as the settings ask.
+    """
+
+    def __init__(self, reactor: Reactor, settings: WorkerSettings | None = None) -> None:
+        self._reactor = reactor
+        self._settings = settings or WorkerSettings()
+        launcher.probe(self._settings)
+        self._domains: dict[str, Domain] = {}
+        self._arenas: dict[str, Arena] = {}
+        self._spares: list[WorkerProcess] = []
+        self._spare_timer: Timer | None = None
+        self._job_ids = count(1)
+        self._closed = False
+        self._all: set[WorkerProcess] = set()
+        self._refill()
+
+    # -- contract -----------------------------------------------------------------------------------------------------
+
+    def allocate(self, tenant: str, size_bytes: int) -> ArenaBlock:
+        return self._arena(tenant).allocate(size_bytes)
+
+    def load(self, domain: str, source: ModelSource, done: LoadDone) -> None:
+        self._domain(domain).load(source, done)
+
+    def unload(self, domain: str, key: str) -> None:
+        if domain in self._domains:
+            self._domains[domain].unload(key)
+
+    def submit(self, job: Job, done: Done) -> _Handle:
+        if job.operation not in _OPERATIONS:
+            problem: RemoraError = InvalidArgumentError(f"workers have no operation {job.operation!r}")
+            pending = PendingJob(next(self._job_ids), job, None, done)
+            self._reactor.call_soon(lambda: pending.finish(problem))
+            return _Handle(None, pending)
+        arena = None if job.operation == "noop" else self._arena(job.tenant)
+        pending = PendingJob(next(self._job_ids), job, arena, done)
+        domain = self._domain(job.domain)
+        domain.submit(pending)
+        return _Handle(domain, pending)
+
+    def slots(self, domain: str, model: str) -> int:
+        return self._settings.threads
+
+    def release_domain(self, domain: str) -> None:
+        known = self._domains.pop(domain, None)
+        if known is not None:
+            known.close(CancelledError("the session that this job belonged to has ended"))
+        arena = self._arenas.pop(domain, None)
+        if arena is not None:
+            for other in self._domains.values():
+                other.forget(arena)
+            arena.close()
+
+    def workers(self) -> Sequence[WorkerInfo]:
+        found = [self._info(domain.process, domain) for domain in self._domains.values() if domain.process is not None]
+        return [*found, *(self._info(spare, None) for spare in self._spares)]
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._spare_timer is not None:
+            self._spare_timer.cancel()
+        for domain in self._domains.values():
+            domain.close(UnavailableError("the agent is shutting down"))
+        for process in self._all:
+            process.kill("the agent is shutting down")
+            process.wait()
+        for arena in self._arenas.values():
+            arena.close()
+        self._domains.clear()
+        self._arenas.clear()
+        self._spares.clear()
+        self._all.clear()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _arena(self, tenant: str) -> Arena:
+        arena = self._arenas.get(tenant)
+        if arena is None:
+            arena = self._arenas[tenant] = Arena(tenant, self._settings.arena_bytes)
+        return arena
+
+    def _domain(self, name: str) -> Domain:
+        domain = self._domains.get(name)
+        if domain is None:
+            domain = self._domains[name] = Domain(
+                name, shared=name == SHARED, reactor=self._reactor, settings=self._settings, take=self._take
+            )
+        return domain
+
+    def _take(self) -> WorkerProcess:
+        """Return a worker that belongs to nobody: the spare, or a new one."""
+        self._spares = [spare for spare in self._spares if not spare.dead]
+        process = self._spares.pop(0) if self._spares else self._launch()
+        if self._spare_timer is None and not self._closed:
+            self._spare_timer = self._reactor.call_later(_SPARE_DELAY_S, self._refill)
+        return process
+
+    def _launch(self) -> WorkerProcess:
+        self._all = {process for process in self._all if not process.reaped}
+        process = WorkerProcess(self._reactor, self._settings)
+        self._all.add(process)
+        return process
+
+    def _refill(self) -> None:
+        self._spare_timer = None
+        self._spares = [spare for spare in self._spares if not spare.dead]
+        while len(self._spares) < self._settings.standby:
+            try:
+                self._spares.append(self._launch())
+            except RemoraError:
+                return  # whoever needs a worker next meets the same error, and is told
+
+    @staticmethod
+    def _info(process: WorkerProcess, domain: Domain | None) -> WorkerInfo:
+        return WorkerInfo(
+            id=process.id,
+            pid=process.pid,
+            domain=domain.name if domain is not None else "",
+            backend="onnx",
+            models=domain.models() if domain is not None else (),
+            busy=len(domain.jobs) if domain is not None else 0,
+            restarts=domain.restarts if domain is not None else 0,
+            device=domain.device() if domain is not None else "none",
+            memory_bytes=memory_bytes(process.pid),
+        )

@@ -1,0 +1,257 @@
+"""One worker process as the agent sees it: two sockets, a pidfd, the last words on stderr, and an end.
+
+It knows datagrams, not jobs. Whatever ends first (a socket, the process, the patience of its owner) ends it once: the
+process is killed, and `on_death` is called from the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+
+from remora.errors import ProtocolError, RemoraError
+from remora.reactor import READ, WRITE, Reactor, Timer
+from remora.workers import launcher
+from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode
+from remora.workers.settings import WorkerSettings
+
+_LAST_WORDS_BYTES = 2048
+#: A worker that writes more than this to stderr is no longer listened to.
+_STDERR_BYTES = 1 << 20
+#: Datagrams taken per turn of the loop, so that one worker cannot keep it.
+_PER_TURN = 32
+_SOCKET_BYTES = 1 << 20
+
+
+class WorkerProcess:
+    """A started worker. `owner` gets its messages; before somebody owns it, only `hello` is expected."""
+
+    _ids = count(1)
+
+    def __init__(self, reactor: Reactor, settings: WorkerSettings) -> None:
+        self.id = f"w{next(self._ids)}"
+        self.ready = False
+        self.dead = False
+        self.started_s = time.monotonic()
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_message: Callable[[Message], None] = _unexpected
+        self.on_death: Callable[[str], None] = lambda _reason: None
+        self._reactor = reactor
+        self._stderr_bytes = 0
+        self._last_words = b""
+        self._reason = ""
+        self._start_timer: Timer | None = None
+        self._info_fd = -1
+        with contextlib.ExitStack() as theirs:
+            self._jobs, jobs_fd = _pair(theirs)
+            self._control, control_fd = _pair(theirs)
+            self._stderr, stderr_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            theirs.callback(os.close, stderr_fd)
+            os.set_blocking(stderr_fd, True)
+            info_fd = None
+            if settings.confinement == "bubblewrap":
+                self._info_fd, info_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                theirs.callback(os.close, info_fd)
+            # RLIMIT_NPROC counts per user namespace; without one it would count all of the operator's processes.
+            processes = settings.processes if settings.confinement == "bubblewrap" else 0
+            filtered = settings.seccomp and not launcher.gpu_devices(settings)
+            numbers = (jobs_fd, control_fd, settings.open_files, processes, settings.model_bytes, settings.image_pixels)
+            arguments = [str(int(number)) for number in (*numbers, filtered)]
+            try:
+                self._process = launcher.launch(settings, arguments, (jobs_fd, control_fd), stderr_fd, info_fd)
+            except RemoraError:
+                self._close_fds()
+                raise
+        self.pid = self._process.pid
+        self._out: dict[socket.socket, deque[tuple[bytes, int]]] = {self._jobs: deque(), self._control: deque()}
+        reactor.register(self._jobs.fileno(), READ, lambda events: self._ready(self._jobs, events))
+        reactor.register(self._control.fileno(), READ, lambda events: self._ready(self._control, events))
+        reactor.register(self._stderr, READ, lambda _events: self._listen())
+        self._stop_watching = reactor.watch_pid(self._process.pid, self._ended)
+        self._start_timer = reactor.call_later(settings.start_s, lambda: self.kill("it did not start in time"))
+
+    # -- sending ------------------------------------------------------------------------------------------------------
+
+    def send_job(self, data: bytes) -> None:
+        self._send(self._jobs, data, -1)
+
+    def tell(self, message: Message, fd: int = -1) -> None:
+        """Send on the control socket; `fd` is sent along and closed."""
+        self._send(self._control, encode(message), fd)
+
+    def _send(self, sock: socket.socket, data: bytes, fd: int) -> None:
+        if self.dead:
+            if fd >= 0:
+                os.close(fd)
+            return
+        queue = self._out[sock]
+        queue.append((data, fd))
+        if len(queue) == 1:
+            self._flush(sock)
+
+    def _flush(self, sock: socket.socket) -> None:
+        if self.dead:
+            return
+        queue = self._out[sock]
+        while queue:
+            data, fd = queue[0]
+            try:
+                if fd >= 0:
+                    socket.send_fds(sock, [data], [fd])
+                else:
+                    sock.send(data)
+            except BlockingIOError:
+                self._reactor.modify(sock.fileno(), READ | WRITE)
+                return
+            except OSError:
+                self._die_soon("its socket is closed")
+                return
+            queue.popleft()
+            if fd >= 0:
+                os.close(fd)
+
+    # -- receiving ----------------------------------------------------------------------------------------------------
+
+    def _ready(self, sock: socket.socket, events: int) -> None:
+        if events & WRITE and not self.dead:
+            self._reactor.modify(sock.fileno(), READ)
+            self._flush(sock)
+        for _ in range(_PER_TURN):
+            if self.dead:
+                return
+            try:
+                # Plain recv: descriptors that a hostile worker attaches are dropped by the kernel.
+                data = sock.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.kill(f"its socket failed: {error.strerror}")
+                return
+            if not data:
+                self.kill(self._reason or "it ended")
+                return
+            try:
+                self._take(decode(data))
+            except ProtocolError as error:
+                self.kill(error.message)
+                return
+
+    def _take(self, message: Message) -> None:
+        if message["t"] != "hello":
+            self.on_message(message)
+            return
+        if self.ready:
+            raise ProtocolError("the worker said hello twice")
+        self.ready = True
+        if self._start_timer is not None:
+            self._start_timer.cancel()
+        self.pid = self._read_pid()
+        self.on_ready()
+
+    def _read_pid(self) -> int:
+        """Return the worker's own pid, which bubblewrap (its parent) has written before starting it."""
+        if self._info_fd < 0:
+            return self.pid
+        try:
+            pid = json.loads(os.read(self._info_fd, 4096))["child-pid"]
+        except (OSError, ValueError, KeyError):
+            return self.pid
+        return int(pid)
+
+    def _listen(self) -> None:
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._stderr, 65536)
+        self._stderr_bytes += len(data)
+        self._last_words = (self._last_words + data)[-_LAST_WORDS_BYTES:]
+        if not data or self._stderr_bytes > _STDERR_BYTES:
+            self._reactor.unregister(self._stderr)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def last_words(self) -> str:
+        """Return the last line that the worker wrote to stderr."""
+        lines = self._last_words.decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
+
+    def kill(self, reason: str) -> None:
+        """End the process now, whatever it does. Harmless when it is dead."""
+        if self.dead:
+            return
+        self.dead = True
+        if self._stderr_bytes <= _STDERR_BYTES:
+            self._listen()
+        self._signal()
+        for queue in self._out.values():
+            for _data, fd in queue:
+                if fd >= 0:
+                    os.close(fd)
+            queue.clear()
+        if self._start_timer is not None:
+            self._start_timer.cancel()
+        for fd in (self._jobs.fileno(), self._control.fileno(), self._stderr):
+            self._reactor.unregister(fd)
+        self._close_fds()
+        words = self.last_words()
+        self._reactor.call_soon(lambda: self.on_death(f"{reason} ({words})" if words else reason))
+
+    @property
+    def reaped(self) -> bool:
+        return self._process.returncode is not None
+
+    def wait(self) -> None:
+        """Wait for a killed process and reap it."""
+        self._stop_watching()
+        self._process.wait()
+
+    def _signal(self) -> None:
+        # bubblewrap's death kills the worker, but the worker first: it ends at once, not when the kernel tells it.
+        if self._process.poll() is None:
+            if self.pid != self._process.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+            self._process.kill()
+
+    def _ended(self) -> None:
+        status = self._process.wait()
+        self.kill(f"it was ended by signal {-status}" if status < 0 else f"it exited with status {status}")
+
+    def _die_soon(self, reason: str) -> None:
+        """Die from the loop, as a sender does not expect its worker to be gone on return."""
+        self._reactor.call_soon(lambda: self.kill(reason))
+
+    def _close_fds(self) -> None:
+        self._jobs.close()
+        self._control.close()
+        os.close(self._stderr)
+        if self._info_fd >= 0:
+            os.close(self._info_fd)
+            self._info_fd = -1
+
+
+def _unexpected(_message: Message) -> None:
+    raise ProtocolError("the worker spoke before it was asked")
+
+
+def _pair(theirs: contextlib.ExitStack) -> tuple[socket.socket, int]:
+    ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.enter_context(other)
+    ours.setblocking(False)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+    return ours, other.fileno()
+
+
+def memory_bytes(pid: int) -> int:
+    """Return a process's resident memory, 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -1,0 +1,136 @@
+"""What the agent and a worker say to each other over two Unix SEQPACKET sockets.
+
+One datagram is one JSON object; tensors never travel here, only where they lie in an arena. Control and jobs have a
+socket each: every job thread of a worker receives from the job socket itself (the kernel hands each datagram to one
+thread, so there is no dispatcher between), and a cancel still arrives when all of them are busy.
+
+control, agent -> worker       assign{shared, memory, threads, device}  arena{id, size}+fd  drop{id}
+                               load{key, format, size, digest, task, manifest}+fd  unload{key}
+                               cancel{id}  block{id, off, len}            answer to `need`; len 0: refused
+control, worker -> agent       hello{}  arena{id}  loaded{key, inputs, outputs, device, mem}  refused{key, error}
+jobs, agent -> worker          noop{id}  infer{id, m, a, in, out, off, len}  classify{id, m, a, off, len, top}
+jobs, worker -> agent          done{id, us, out | labels}  failed{id, us, error}  need{id, len}
+
+A tensor is [name, dtype, shape, offset, length]; a spec [name, dtype, shape]; an error [code, message, fix]. The worker
+of a tenant may be hostile: whatever it sends is checked here, and what does not fit is a `ProtocolError`, which costs
+it its life.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from remora.errors import ProtocolError, RemoraError, from_code
+from remora.wire.remora_v1 import DTYPES
+from remora.workers.contract import TensorSpec
+
+MAX_MESSAGE_BYTES = 64 * 1024
+MAX_DIMENSIONS = 16
+_MAX_TEXT = 1000
+_MAX_SPECS = 256
+
+#: A JSON object, before it is checked.
+Message = dict[str, Any]
+#: [name, dtype, shape, offset, length] once it is checked.
+TensorPlace = tuple[str, str, tuple[int, ...], int, int]
+
+
+def encode(message: Message) -> bytes:
+    return json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def decode(data: bytes) -> Message:
+    """Return the object of a datagram.
+
+    Raises:
+        ProtocolError: it is no JSON object.
+    """
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("the worker sent a message that is not JSON") from error
+    if not isinstance(message, dict) or not isinstance(message.get("t"), str):
+        raise ProtocolError("the worker sent a message without a type")
+    return message
+
+
+def whole(value: object, what: str, most: int) -> int:
+    """Check a whole number between 0 and `most`."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ProtocolError(f"the worker sent an impossible {what}")
+    return value
+
+
+def text(value: object, what: str) -> str:
+    if not isinstance(value, str) or len(value) > _MAX_TEXT:
+        raise ProtocolError(f"the worker sent an impossible {what}")
+    return value
+
+
+def error_of(value: object) -> RemoraError:
+    """Return the error that a worker reports."""
+    code, message, fix = _sequence(value, "error", 3)
+    error = from_code(whole(code, "error code", 16), text(message, "error message"))
+    error.fix = text(fix, "fix") or None
+    return error
+
+
+def error_parts(error: RemoraError) -> list[object]:
+    return [error.code, error.message[:_MAX_TEXT], (error.fix or "")[:_MAX_TEXT]]
+
+
+def specs_of(value: object) -> tuple[TensorSpec, ...]:
+    """Return the inputs or outputs of a model as its worker describes them."""
+    if not isinstance(value, list) or len(value) > _MAX_SPECS:
+        raise ProtocolError("the worker sent an impossible list of tensors")
+    made = []
+    for item in value:
+        name, dtype, shape = _sequence(item, "tensor", 3)
+        if dtype not in DTYPES or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise ProtocolError("the worker sent an impossible tensor description")
+        if any(type(dim) is not int or not -1 <= dim < 1 << 40 for dim in shape):
+            raise ProtocolError("the worker sent an impossible shape")
+        made.append(TensorSpec(text(name, "tensor name"), dtype, tuple(shape)))
+    return tuple(made)
+
+
+def outputs_of(value: object, wanted: Sequence[TensorSpec], offset: int, size: int) -> tuple[TensorPlace, ...]:
+    """Return where a job's outputs lie, if each is one that was asked for and lies whole inside the job's block."""
+    items = _sequence(value, "list of outputs", len(wanted))
+    return tuple(_output(item, spec, offset, size) for item, spec in zip(items, wanted, strict=True))
+
+
+def _output(item: object, spec: TensorSpec, offset: int, size: int) -> TensorPlace:
+    name, dtype, shape, start, length = _sequence(item, "output", 5)
+    if name != spec.name or dtype != spec.dtype or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise ProtocolError("the worker sent an output that was not asked for")
+    dims = tuple(whole(dim, "shape", 1 << 40) for dim in shape)
+    whole(length, "output size", size)
+    if whole(start, "output offset", offset + size) < offset or start + length > offset + size:
+        raise ProtocolError("the worker sent an output that lies outside its block")
+    if math.prod(dims) * DTYPES[spec.dtype] != length:
+        raise ProtocolError("the worker sent an output whose size and shape differ")
+    return spec.name, spec.dtype, dims, start, length
+
+
+def labels_of(value: object, classes: int, top: int) -> list[tuple[int, float]]:
+    """Return the ranking of a classification: (class, score), each class below `classes`."""
+    if not isinstance(value, list) or len(value) > top:
+        raise ProtocolError("the worker sent an impossible ranking")
+    ranking = []
+    for item in value:
+        index, score = _sequence(item, "label", 2)
+        whole(index, "class", classes - 1)
+        if not isinstance(score, float | int) or not math.isfinite(score):
+            raise ProtocolError("the worker sent an impossible score")
+        ranking.append((index, float(score)))
+    return ranking
+
+
+def _sequence(value: object, what: str, length: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) != length:
+        raise ProtocolError(f"the worker sent an impossible {what}")
+    return value

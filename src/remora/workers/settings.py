@@ -1,0 +1,58 @@
+"""What an operator may set about workers, checked once, with defaults for a small node."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from remora.errors import InvalidArgumentError
+
+CONFINEMENTS = ("bubblewrap", "none")
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    #: `bubblewrap`, or `none` for machines where that cannot work and the operator accepts it.
+    confinement: str = "bubblewrap"
+    #: System-call filter inside the worker; off with CUDA devices, whose driver needs ioctl and more.
+    seccomp: bool = True
+    #: `auto`: the first GPU that ONNX Runtime can use, else the CPU; `cpu`; `cuda:N`.
+    device: str = "auto"
+    #: Jobs that one worker runs at the same time.
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    #: Started workers that belong to nobody yet: a tenant's first upload then does not wait for imports (0.4 s).
+    standby: int = 1
+    #: Shared memory of one tenant for messages in flight, and the largest part that one job's outputs may have.
+    arena_bytes: int = 256 * _MIB
+    output_bytes: int = 64 * _MIB
+    #: Address space of a tenant's worker (RLIMIT_AS); 0: no limit. Its own code takes about 1.3 GiB of it.
+    tenant_memory_bytes: int = 4096 * _MIB
+    shared_memory_bytes: int = 0
+    open_files: int = 256
+    processes: int = 64
+    model_bytes: int = 1024 * _MIB
+    image_pixels: int = 64_000_000
+    #: How long a job that was told to stop may go on before its worker is killed.
+    stop_grace_s: float = 0.5
+    #: How long a worker may take to start.
+    start_s: float = 30.0
+    backoff_first_s: float = 0.1
+    backoff_most_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.confinement not in CONFINEMENTS:
+            raise InvalidArgumentError(
+                f"worker confinement is {self.confinement!r}", fix=f"allowed are {', '.join(CONFINEMENTS)}"
+            )
+        positive = ("threads", "arena_bytes", "output_bytes", "open_files", "processes", "model_bytes", "image_pixels")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InvalidArgumentError(f"worker setting {name} is {getattr(self, name)}", fix="use 1 or more")
+        for name in ("standby", "tenant_memory_bytes", "shared_memory_bytes"):
+            if getattr(self, name) < 0:
+                raise InvalidArgumentError(f"worker setting {name} is {getattr(self, name)}", fix="use 0 or more")
+        if self.output_bytes > self.arena_bytes:
+            raise InvalidArgumentError(
+                "worker setting output_bytes is larger than arena_bytes", fix="raise arena_bytes"
+            )
