@@ -145,13 +145,15 @@ class Upload:
                 digest=self.source.digest, offset=offset, total_bytes=self.source.size_bytes, data=data
             )
 
-    def gap(self, error: RemoraError) -> None:
-        """Take note of a chunk that the agent refused because of what is missing before it; ask it again then."""
+    def interrupted(self, error: RemoraError) -> None:
+        """Take note of why a round ended early; `stated` tells it if there is no progress."""
         self._last_error = error
 
-    def answered(self, answer: v1.PutResourceResponse) -> None:
+    def answered(self, answer: v1.PutResourceResponse) -> bool:
+        """Take the answer to one of `requests`; return whether the agent has everything now."""
         self.complete = self.complete or answer.complete
         self.received_bytes = max(self.received_bytes, answer.received_bytes)
+        return self.complete
 
 
 def chunk_bytes(max_message_bytes: int) -> int:

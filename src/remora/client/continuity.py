@@ -2,7 +2,7 @@
 
 A connection ends whenever the agent restarts, the microVM is restored, cloned or moved, or a forwarder dies. The
 session goes on: its token is presented again, and every unanswered request is sent again under the same request id,
-which the agent answers once. Both the blocking and the asyncio session make these decisions here, so that they cannot differ.
+which the agent answers once. Both the blocking and the asyncio session decide here, so that they cannot differ.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ HELLO_TIMEOUT_S = 5.0
 #: How many times a first connection may be accepted and dropped before that is an error: a forwarder in the guest
 #: accepts before it knows whether the agent will.
 MAX_FIRST_DROPS = 5
+#: Largest answer accepted. The agent is trusted with the answer's meaning, so also with its size, within reason.
+MAX_ANSWER_BYTES = 1 << 30
+#: Chunks of an upload that are under way at once: while one is stored, the next is read and sent.
+UPLOAD_WINDOW = 4
+#: An agent answers Noop without a worker, so a connection that does not within this time is dead.
+PROBE_TIMEOUT_S = 2.0
+#: Close is a courtesy: the lease ends the session, too.
+CLOSE_TIMEOUT_S = 0.5
 
 
 class Continuity:

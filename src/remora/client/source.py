@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from remora.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from remora.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class Source:
         """
         try:
             same = self._hash() == self.digest
+        except AbortedError:
+            same = False  # it is shorter now
         except OSError as error:
             raise FailedPreconditionError(
                 f"the agent needs the model {self} again, and it cannot be read any more: {error}",
@@ -83,7 +85,7 @@ class Source:
             while offset < self.size_bytes:
                 piece = os.pread(file.fileno(), min(chunk_bytes, self.size_bytes - offset), offset)
                 if not piece:
-                    raise FailedPreconditionError(f"the model file {self._path} was cut short while it was sent")
+                    raise AbortedError(f"the model file {self._path} was cut short while it was sent")
                 yield offset, piece
                 offset += len(piece)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from remora.client.source import Source, read_picture
-from remora.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, RemoraError
+from remora.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, NotFoundError, RemoraError
 
 DATA = bytes(range(256)) * 40
 
@@ -55,7 +55,7 @@ def test_a_file_that_is_cut_short_while_it_is_sent_is_noticed(tmp_path: Path) ->
     path.write_bytes(DATA)
     source = Source(path)
     path.write_bytes(DATA[:10])
-    with pytest.raises(FailedPreconditionError, match="cut short"):
+    with pytest.raises(AbortedError, match="cut short"):
         list(source.chunks(0, 4096))
 
 
