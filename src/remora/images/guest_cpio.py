@@ -1,7 +1,7 @@
-"""Writes the guest's initrd: a cpio archive in the `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
+"""Writes the guest's initrd: a cpio archive in the `newc` format.
 
 Our own writer, because `cpio` needs root to archive device nodes and takes times and inode numbers from the disk, and
-the same inputs must give the same bytes for anyone.
+the same inputs must give the same bytes for anyone. Format: Documentation/driver-api/early-userspace/buffer-format.rst.
 """
 
 from __future__ import annotations

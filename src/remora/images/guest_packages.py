@@ -21,11 +21,9 @@ from remora.errors import FailedPreconditionError
 
 #: Kernels made for virtual machines: Debian's first, then Ubuntu's.
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-generic")
-ROOT_PACKAGES = ("python3-minimal", "crun", "busybox-static")
+ROOT_PACKAGES = ("python3-minimal", "libpython3-stdlib", "crun", "busybox-static")
 #: Dependencies of maintainer scripts, which never run here. Everything else of the closure is unpacked.
-_WANTED = re.compile(
-    r"linux-(image|modules)-\d|lib|zlib1g|python3\.\d+-minimal|crun$|busybox-static$"
-)
+_WANTED = re.compile(r"linux-(image|modules)-\d|lib|zlib1g|python3\.\d+-minimal|crun$|busybox-static$")
 _UNWANTED = re.compile(r"lib(ssl|crypto|acl|bz2|selinux|pcre|md\d|apt|debconf|pam|audit|kmod|klibc|blkid|mount|uuid)")
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 

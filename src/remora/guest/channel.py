@@ -1,0 +1,268 @@
+"""The guest's end of the channel: one virtio-serial port, many streams.
+
+The port never tells the guest that it was restored or migrated, or to whom it now talks. It is therefore watched
+edge-triggered (an absent host would otherwise be reported for ever) and every new connection is known only by the
+mux's new epoch, on which all streams are gone. A read of 0 bytes means that no host is there; the next event or a slow
+timer tries again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import time
+
+from remora.wire.mux import Accepted, Data, HalfClosed, Mux, Opened, PeerRestarted, Rejected, Reset, Writable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Callable, Dict
+
+    from remora.reactor import Reactor
+
+_PORTS = "/sys/class/virtio-ports"
+#: The driver gives out at most a page per read; so many reads are fed to the mux at once.
+_READ_BYTES = 65536
+_WRITE_BYTES = 32768  # virtio_console copies no more per write
+_RETRY_S = 0.1
+
+
+class Stream:
+    """One stream. The callbacks may be set at any time before data can come; data is valid only during `on_data`."""
+
+    __slots__ = ("_channel", "number", "port", "on_data", "on_eof", "on_reset", "on_writable", "on_accepted", "open")
+
+    def __init__(self, channel: Channel, number: int, port: int) -> None:
+        self._channel = channel
+        self.number = number
+        self.port = port
+        self.open = True
+        self.on_data: Callable[[memoryview], None] = self._credit_and_drop
+        self.on_eof: Callable[[], None] = _nothing
+        self.on_reset: Callable[[], None] = _nothing
+        self.on_writable: Callable[[], None] = _nothing
+        self.on_accepted: Callable[[], None] = _nothing
+
+    def send(self, data: bytes) -> int:
+        """Return how many bytes were taken; fewer than all: wait for `on_writable`."""
+        if not self.open:
+            return 0
+        return self._channel.send(self, data)
+
+    def close_write(self) -> None:
+        if self.open:
+            self._channel.close_write(self)
+
+    def reset(self, reason: str = "") -> None:
+        if self.open:
+            self._channel.reset(self, reason)
+
+    def consumed(self, count: int) -> None:
+        if self.open and count:
+            self._channel.consumed(self, count)
+
+    def _credit_and_drop(self, data: memoryview) -> None:
+        self.consumed(len(data))
+
+
+def _nothing() -> None:
+    pass
+
+
+def find_port(name: str, timeout_s: float = 5.0) -> str:
+    """Return the device node of the virtio-serial port called `name`.
+
+    Raises:
+        OSError: no such port appeared in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            ports = os.listdir(_PORTS)
+        except FileNotFoundError:
+            ports = []
+        for port in ports:
+            try:
+                with open(f"{_PORTS}/{port}/name", encoding="utf-8") as file:
+                    if file.read().strip() == name:
+                        return f"/dev/{port}"
+            except FileNotFoundError:
+                continue  # a port gets its name only after it appears
+        if time.monotonic() > deadline:
+            raise OSError(errno.ENODEV, f"no virtio-serial port is called {name}; ports: {', '.join(ports) or 'none'}")
+        time.sleep(0.002)
+
+
+class Channel:
+    """Owns the port's descriptor and the mux.
+
+    Args:
+        fd: The port, or in tests a socket.
+        accept: called with each stream the host opens; returns False to reject it.
+        on_restart: called when another host, or the same one anew, is at the other end.
+        initiator: the host's end, in tests.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        fd: int,
+        accept: Callable[[Stream], bool],
+        on_restart: Callable[[], None] = _nothing,
+        *,
+        initiator: bool = False,
+    ) -> None:
+        os.set_blocking(fd, False)
+        self._reactor = reactor
+        self._fd = fd
+        self._accept = accept
+        self._on_restart = on_restart
+        self._mux = Mux(initiator=initiator)
+        self._streams: Dict[int, Stream] = {}
+        self._buffer = bytearray(_READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._out: bytes = b""
+        self._pumping = False
+        self._again = False
+        self._retrying = False
+        reactor.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET, self._ready)
+        self._soon()
+
+    # -- streams ----------------------------------------------------------------------------------------------------
+
+    def open(self, port: int) -> Stream:
+        """Ask the host for a stream to `port`; `on_accepted` or `on_reset` follows."""
+        stream = Stream(self, self._mux.open(port), port)
+        self._streams[stream.number] = stream
+        self._soon()
+        return stream
+
+    def send(self, stream: Stream, data: bytes) -> int:
+        taken = self._mux.send(stream.number, data)
+        if taken:
+            self._soon()
+        return taken
+
+    def close_write(self, stream: Stream) -> None:
+        self._mux.close_write(stream.number)
+        self._soon()
+
+    def reset(self, stream: Stream, reason: str) -> None:
+        self._forget(stream)
+        self._mux.reset(stream.number)
+        self._soon()
+
+    def consumed(self, stream: Stream, count: int) -> None:
+        self._mux.consumed(stream.number, count)
+        self._soon()
+
+    def _forget(self, stream: Stream) -> None:
+        stream.open = False
+        self._streams.pop(stream.number, None)
+
+    # -- the port ---------------------------------------------------------------------------------------------------
+
+    def _soon(self) -> None:
+        """Write what the mux has at the end of this turn, so that small frames leave together."""
+        if not self._again:
+            self._again = True
+            self._reactor.call_soon(self._pump)
+
+    def _ready(self, _events: int) -> None:
+        self._pump()
+
+    def _pump(self) -> None:
+        self._again = False
+        self._write()
+        if self._read():
+            self._soon()  # edge-triggered: nobody tells again of what was left unread
+        self._write()
+
+    def _read(self) -> bool:
+        """Feed the mux once; return whether there may be more."""
+        filled = 0
+        more = False
+        while filled < _READ_BYTES:
+            try:
+                count = os.readv(self._fd, [self._view[filled:]])
+            except BlockingIOError:
+                break
+            if count == 0:
+                self._retry_later()
+                break
+            filled += count
+        else:
+            more = True
+        if filled:
+            self._receive(self._view[:filled])
+        return more
+
+    def _write(self) -> None:
+        while True:
+            if not self._out:
+                self._out = b"".join(self._mux.outgoing(_WRITE_BYTES))
+                if not self._out:
+                    return
+            try:
+                taken = os.write(self._fd, self._out)
+            except BlockingIOError:
+                return
+            except BrokenPipeError:
+                self._retry_later()  # a socket whose peer has gone; the port itself never says so
+                return
+            self._out = self._out[taken:]
+
+    def _retry_later(self) -> None:
+        if not self._retrying:
+            self._retrying = True
+            self._reactor.call_later(_RETRY_S, self._retry)
+
+    def _retry(self) -> None:
+        self._retrying = False
+        self._pump()
+
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    def _receive(self, data: memoryview) -> None:
+        for event in self._mux.receive(data):
+            kind = type(event)
+            if kind is Data:
+                stream = self._streams.get(event.stream)
+                if stream is not None:
+                    stream.on_data(event.data)
+            elif kind is Writable:
+                stream = self._streams.get(event.stream)
+                if stream is not None:
+                    stream.on_writable()
+            elif kind is Opened:
+                self._opened(event.stream, event.port)
+            elif kind is Accepted:
+                self._streams[event.stream].on_accepted()
+            elif kind is HalfClosed:
+                stream = self._streams.get(event.stream)
+                if stream is not None:
+                    stream.on_eof()
+            elif kind is Reset or kind is Rejected:
+                stream = self._streams.get(event.stream)
+                if stream is not None:
+                    self._forget(stream)
+                    stream.on_reset()
+            elif kind is PeerRestarted:
+                self._peer_restarted()
+
+    def _opened(self, number: int, port: int) -> None:
+        stream = Stream(self, number, port)
+        self._streams[number] = stream
+        if self._accept(stream):
+            self._mux.accept(number)
+        else:
+            self._forget(stream)
+            self._mux.reject(number, f"nothing in the guest listens on channel port {port}")
+
+    def _peer_restarted(self) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.open = False
+            stream.on_reset()
+        self._on_restart()

@@ -1,0 +1,102 @@
+"""PID 1 of the microVM: brings up the control service, then serves until the host ends the VM.
+
+Time to the control service is the guest's share of every cold start, so nothing is done before it that can be done
+after, and nothing is imported that is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+from remora.guest import kernel, rootfs, system
+from remora.guest.channel import Channel, Stream, find_port
+from remora.guest.children import Children
+from remora.guest.container import Container, Running
+from remora.guest.control import Control
+from remora.guest.forwarder import Forwarder
+from remora.guest.pumps import FromDescriptor, ToDescriptor
+from remora.guest.ready import Ready
+from remora.guest.stdio import Attaching, Stdio
+from remora.reactor import Reactor
+from remora.wire.guest_v1 import CONTROL_PORT, STDIO_PORT
+from remora.wire.ttrpc.reactor import ServerConnection
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Optional
+
+
+class Guest:
+    """All parts of PID 1, put together on one reactor. `port` is the channel's descriptor."""
+
+    def __init__(self, reactor: Reactor, port: int, *, shared: str, template: bool) -> None:
+        self._reactor = reactor
+        children = Children(reactor)
+        self.container = Container(reactor, children, self._started)
+        self._attaching = Attaching(self._find_stdio)
+        self.channel = Channel(reactor, port, self._accept, self._restarted)
+        self.ready = Ready(reactor, f"{shared}/guest.sock", template=template)
+        self.forwarder = Forwarder(reactor, f"{shared}/accel.sock", self.channel)
+        self.control = Control(reactor, self.container, self.ready, self.forwarder)
+
+    def _accept(self, stream: Stream) -> bool:
+        if stream.port == CONTROL_PORT:
+            self._serve(stream)
+            return True
+        return stream.port == STDIO_PORT and self._attaching.accept(stream)
+
+    def _serve(self, stream: Stream) -> None:
+        """ttrpc speaks to a socket: give it one, and carry its bytes."""
+        ours, theirs = socket.socketpair()
+        ServerConnection(self._reactor, theirs, self.control.handle)
+        down = ToDescriptor(self._reactor, os.dup(ours.fileno()), lambda: finish())
+        up = FromDescriptor(self._reactor, ours.detach(), lambda: finish())
+
+        def finish() -> None:
+            """Either side is done: so is the connection, and closing our end tells ttrpc."""
+            down.close()
+            up.close()
+            stream.reset("the connection is closed")
+
+        down.attach(stream)
+        up.attach(stream)
+        stream.on_reset = finish
+
+    def _find_stdio(self, name: str) -> Optional[Stdio]:
+        for running in self.container.all():
+            if running.name == name and running.pid:
+                return running.stdio
+        return None
+
+    def _started(self, running: Running) -> None:
+        self._attaching.started(running.name, running.stdio)
+
+    def _restarted(self) -> None:
+        """Another host talks to this guest: what Sync held back may go on."""
+        self.control.hold(False)
+
+
+def main() -> None:
+    os.umask(0o022)
+    reactor = Reactor()
+    rootfs.prepare()
+    path = find_port(kernel.CHANNEL_PORT_NAME)
+    port = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = system.kernel_flags()
+    Guest(reactor, port, shared=rootfs.SHARED, template=kernel.TEMPLATE_ARGUMENT in flags)
+    finish_boot()
+    if "remora.trace=1" in flags:
+        print(f"remora: control service up at {system.read_text('/proc/uptime').split()[0]} s", flush=True)
+    try:
+        reactor.run()
+    finally:
+        print("remora: PID 1 ends; the VM ends with it", file=sys.stderr, flush=True)
+
+
+def finish_boot() -> None:
+    """What the first container needs, but not the control service."""
+    rootfs.set_hostname("")
+    system.loopback_up()
+    system.write_text("/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +pids")

@@ -1,0 +1,195 @@
+"""Boots the guest OS image with plain QEMU and speaks its channel, so that the guest is tested without the host's code.
+
+The host's end runs on a reactor in a thread of its own; `connect` gives an ordinary socket for a stream.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from remora.guest.channel import Channel, Stream
+from remora.guest.kernel import CHANNEL_PORT_NAME, OS_DISK_SERIAL, host_tsc_khz, kernel_arguments
+from remora.guest.pumps import FromDescriptor, ToDescriptor
+from remora.images.guest_os import GuestImage
+from remora.reactor import Reactor
+from remora.wire.guest_v1 import CONTROL_PORT, METHODS, SERVICE, STDIO_PORT
+from remora.wire.protobuf import Message
+from remora.wire.ttrpc.sync import Client
+
+#: A cold boot takes 2-3 s on an idle machine; the bound is for a busy one.
+BOOT_TIMEOUT_S = 12.0
+
+
+class HostEnd:
+    """The host's end of a channel, for tests: streams as sockets."""
+
+    def __init__(self, sock: socket.socket, on_accelerator: Callable[[socket.socket], None] | None = None) -> None:
+        self._sock = sock
+        self._reactor = Reactor()
+        self._on_accelerator = on_accelerator
+        self._pumps: list[FromDescriptor | ToDescriptor] = []
+        self._channel = Channel(self._reactor, sock.fileno(), self._accept, initiator=True)
+        self._thread = threading.Thread(target=self._reactor.run, name="host end of the channel")
+        self._thread.start()
+
+    def connect(self, port: int) -> socket.socket:
+        """Return a socket to `port` in the guest, once the guest has accepted it.
+
+        Raises:
+            ConnectionRefusedError: the guest rejected it.
+        """
+        ours, theirs = socket.socketpair()
+        answer: queue.Queue[bool] = queue.Queue()
+
+        def start() -> None:
+            stream = self._channel.open(port)
+            stream.on_accepted = lambda: (self._carry(stream, theirs), answer.put(True))[0]
+            stream.on_reset = lambda: answer.put(False)
+
+        self._reactor.post(start)
+        if not answer.get(timeout=BOOT_TIMEOUT_S):
+            ours.close()
+            theirs.close()
+            raise ConnectionRefusedError(f"the guest rejected a stream to port {port}")
+        return ours
+
+    def close(self) -> None:
+        self._reactor.stop()
+        self._thread.join()
+        for pump in self._pumps:
+            pump.close()
+        self._reactor.close()
+        self._sock.close()
+
+    def _accept(self, stream: Stream) -> bool:
+        if self._on_accelerator is None:
+            return False
+        ours, theirs = socket.socketpair()
+        self._carry(stream, theirs)
+        self._on_accelerator(ours)
+        return True
+
+    def _carry(self, stream: Stream, theirs: socket.socket) -> None:
+        writer = theirs.dup()
+
+        def down_done() -> None:
+            try:
+                writer.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # the test has closed its end
+            down.close()
+            writer.close()
+
+        def cut() -> None:
+            up.close()
+            down_done() if writer.fileno() >= 0 else None
+
+        down = ToDescriptor(self._reactor, os.dup(theirs.fileno()), down_done)
+        up = FromDescriptor(self._reactor, theirs.detach())
+        self._pumps += [down, up]
+        down.attach(stream)
+        up.attach(stream)
+        stream.on_reset = cut
+
+
+class GuestVm:
+    """One microVM under plain QEMU. `with GuestVm(image, layers=[path]) as vm:` boots it and leaves nothing behind."""
+
+    def __init__(
+        self,
+        image: GuestImage,
+        layers: Sequence[Path] = (),
+        *,
+        memory_mib: int = 192,
+        template: bool = False,
+        on_accelerator: Callable[[socket.socket], None] | None = None,
+        extra: Sequence[str] = (),
+    ) -> None:
+        self._image = image
+        self._layers = layers
+        self._memory_mib = memory_mib
+        self._arguments = kernel_arguments(
+            host_tsc_khz(Path("/proc/cpuinfo").read_text()), template=template, extra=extra
+        )
+        self._on_accelerator = on_accelerator
+        self.serials = [f"layer-{index}" for index in range(len(layers))]
+
+    def __enter__(self) -> GuestVm:
+        self._folder = Path(tempfile.mkdtemp(prefix="remora-guest-"))
+        self._console = self._folder / "console"
+        path = self._folder / "channel"
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            listener.bind(str(path))
+            listener.listen(1)
+            listener.settimeout(BOOT_TIMEOUT_S)
+            self.started_s = time.monotonic()
+            self.process = subprocess.Popen(self._argv(path), stdin=subprocess.DEVNULL)
+            sock, _ = listener.accept()
+        finally:
+            listener.close()
+        self.host = HostEnd(sock, self._on_accelerator)
+        self._clients: list[Client] = []
+        try:
+            self.client = self.new_client()
+        except BaseException as error:
+            error.add_note(f"the guest's console:\n{self.console}")
+            self._stop()
+            raise
+        self.control_up_s = time.monotonic() - self.started_s
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    @property
+    def console(self) -> str:
+        return self._console.read_text(errors="replace") if self._console.exists() else ""
+
+    def new_client(self) -> Client:
+        client = Client(self.host.connect(CONTROL_PORT))
+        self._clients.append(client)
+        return client
+
+    def call(self, method: str, request: Message | None = None, *, timeout_s: float = 60.0) -> Message:
+        request_class, response_class = METHODS[method]
+        return self.client.call(SERVICE, method, request or request_class(), response_class, timeout_s=timeout_s)
+
+    def attach(self, process: str, name: str) -> socket.socket:
+        sock = self.host.connect(STDIO_PORT)
+        sock.sendall(f"{process} {name}\n".encode())
+        return sock
+
+    def _argv(self, channel: Path) -> list[str]:
+        image = self._image
+        argv = ["qemu-system-x86_64", "-M", "microvm", "-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max"]
+        argv += ["-smp", "1", "-m", str(self._memory_mib), "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
+        argv += ["-serial", f"file:{self._console}", "-kernel", str(image.kernel), "-initrd", str(image.initrd)]
+        argv += ["-append", self._arguments, "-device", "virtio-serial-device"]
+        argv += ["-chardev", f"socket,path={channel},id=channel"]
+        argv += ["-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT_NAME}"]
+        disks = [(OS_DISK_SERIAL, image.disk), *zip(self.serials, self._layers, strict=True)]
+        for serial, path in disks:
+            argv += ["-drive", f"id={serial},file={path},format=raw,if=none,readonly=on"]
+            argv += ["-device", f"virtio-blk-device,drive={serial},serial={serial}"]
+        return argv
+
+    def _stop(self) -> None:
+        for client in self._clients:
+            client.close()
+        self.process.kill()
+        self.process.wait()
+        self.host.close()
+        shutil.rmtree(self._folder)
