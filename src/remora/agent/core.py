@@ -1,0 +1,219 @@
+"""The agent without its sockets: what every door may use, put together once.
+
+Doors know this and their protocol; nothing here knows a protocol.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from remora.agent.answers import Answers
+from remora.agent.disk import DiskPool
+from remora.agent.execution import Execution
+from remora.agent.files import ResourceFiles
+from remora.agent.identity import Identity
+from remora.agent.journal import Journal
+from remora.agent.logs import Log
+from remora.agent.metrics import Metrics
+from remora.agent.models import CatalogueEntry, Models
+from remora.agent.peers import Peer, Peers
+from remora.agent.policy import Policy
+from remora.agent.scheduler import FairScheduler
+from remora.agent.sessions import Session, Sessions
+from remora.agent.store import Store
+from remora.errors import RemoraError
+from remora.reactor import Reactor
+from remora.workers.contract import Workers
+
+#: How long a tenant's workers and shared memory stay after its last session.
+_LINGER_S = 30.0
+_SWEEP_S = 1.0
+_STORE_SWEEP_S = 60.0
+_RULE = re.compile(r"\(((?:limits|store|workers)\.[a-z_]+)\)")
+_CODES = {
+    1: "CANCELLED",
+    3: "INVALID_ARGUMENT",
+    4: "DEADLINE_EXCEEDED",
+    5: "NOT_FOUND",
+    6: "ALREADY_EXISTS",
+    7: "PERMISSION_DENIED",
+    8: "RESOURCE_EXHAUSTED",
+    9: "FAILED_PRECONDITION",
+    10: "ABORTED",
+    12: "UNIMPLEMENTED",
+    13: "INTERNAL",
+    14: "UNAVAILABLE",
+    15: "DATA_LOSS",
+    16: "UNAUTHENTICATED",
+}
+
+
+class Core:
+    """Sessions, store, models, scheduler and execution of one node."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        state: Path,
+        policy: Policy,
+        workers: Workers,
+        catalogue: Mapping[str, CatalogueEntry],
+        log: Log,
+    ) -> None:
+        self.reactor = reactor
+        self.policy = policy
+        self.limits = policy.limits
+        self.workers = workers
+        self.log = log
+        self.metrics = Metrics()
+        self.journal = Journal(state / "journal.sqlite", reactor.post)
+        self.disk = DiskPool(reactor.post)
+        self.files = ResourceFiles(state)
+        self.store = Store(self.files, self.journal, self.disk, policy.store, policy.limits)
+        self.sessions = Sessions(self.journal, self.store, policy.limits, time.monotonic, self._session_ended)
+        self.models = Models(catalogue, workers, self.store, self.sessions, self.disk)
+        self.scheduler = FairScheduler(workers.slots, time.monotonic, policy.limits.queue_length_per_tenant)
+        self.answers = Answers(policy.limits)
+        self.execution = Execution(
+            workers, self.models, self.sessions, self.scheduler, self.answers, self.metrics, reactor.call_soon
+        )
+        self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
+        #: Doors that keep something of their own for a session add themselves.
+        self.on_session_end: list[Callable[[Session], None]] = []
+        self.on_tenant_gone: list[Callable[[str], None]] = []
+        self._last_store_sweep_s = time.monotonic()
+        self._closed = False
+        reactor.call_later(_SWEEP_S, self._sweep)
+
+    # -- sessions and tenants ---------------------------------------------------------------------------------------
+
+    def open_session(self, peer: Peer, session: Session) -> None:
+        """Make a connection the one of a native session; another one, perhaps a dead one, is closed."""
+        other = session.peer
+        if isinstance(other, Peer) and other is not peer and other.connection is not None:
+            other.connection.close()
+        session.peer = peer
+        peer.session = session
+        self.use_session(peer, session)
+
+    def use_session(self, peer: Peer, session: Session) -> None:
+        """Note that a connection uses a session: while any does, its lease does not run."""
+        if peer.sessions is None:
+            peer.sessions = set()
+        if session not in peer.sessions:
+            peer.sessions.add(session)
+            self.sessions.connected(session)
+
+    def _left(self, peer: Peer) -> None:
+        for run in list(peer.runs or ()):
+            self.execution.cancel(run)
+        for session in peer.sessions or ():
+            if session.peer is peer:
+                session.peer = None
+            self.sessions.disconnected(session)
+        peer.session = peer.sessions = None
+        self._linger(peer.identity.tenant)
+
+    def _session_ended(self, session: Session) -> None:
+        self.execution.session_ended(session)
+        self.models.session_ended(session)
+        for callback in self.on_session_end:
+            callback(session)
+        self._linger(session.tenant)
+
+    def _linger(self, tenant: str) -> None:
+        if not self._in_use(tenant):
+            self.reactor.call_later(_LINGER_S, lambda: self._release_idle(tenant))
+
+    def _in_use(self, tenant: str) -> bool:
+        return bool(self.sessions.per_tenant.get(tenant) or self.peers.per_tenant.get(tenant))
+
+    def _release_idle(self, tenant: str) -> None:
+        if not self._closed and not self._in_use(tenant):
+            self.release_tenant(tenant)
+
+    def release_tenant(self, tenant: str) -> None:
+        """Give back the processes and the memory of a tenant who is not here."""
+        self.answers.forget_tenant(tenant)
+        self.models.forget_domain(tenant)
+        self.scheduler.forget(tenant)
+        self.workers.release_domain(tenant)
+
+    def end_identity(self, identity: Identity, keep_sessions: bool) -> None:
+        """A sandbox is gone: end its connections, its sessions unless they are kept, and what only they had."""
+        for peer in self.peers.of_key(identity.key):
+            if peer.connection is not None:
+                peer.connection.close()
+        tenants = {identity.tenant}
+        if not keep_sessions:
+            for session in self.sessions.of_owner(identity.key):
+                tenants.add(session.tenant)
+                self.sessions.end(session)
+        for tenant in tenants:
+            # A tenant that is one sandbox does not come back; a named one has other sandboxes, now or later.
+            if tenant == identity.key and not self._in_use(tenant):
+                for callback in self.on_tenant_gone:
+                    callback(tenant)
+                self.store.drop_tenant(tenant)
+                self.release_tenant(tenant)
+
+    # -- reporting --------------------------------------------------------------------------------------------------
+
+    def answered(self, door: str, method: str, tenant: str) -> None:
+        self.metrics.answered(door, method, tenant, "OK")
+
+    def refused(self, door: str, method: str, peer: Peer, error: RemoraError, *, model: str = "") -> None:
+        """Count and log a request that was refused or failed."""
+        tenant = peer.identity.tenant
+        code = _CODES.get(error.code, "UNKNOWN")
+        found = _RULE.search(error.message)
+        rule = found.group(1) if found else code
+        self.metrics.answered(door, method, tenant, code)
+        self.metrics.refused(tenant, rule)
+        cause = error.__cause__
+        self.log.of_tenant(
+            tenant,
+            "request refused",
+            door=door,
+            operation=method,
+            sandbox=peer.identity.sandbox,
+            session=peer.session.id if peer.session is not None else "",
+            model=model,
+            code=code,
+            rule=rule,
+            error=str(error),
+            **({"cause": f"{type(cause).__name__}: {cause}"} if cause is not None else {}),
+        )
+
+    # -- time -------------------------------------------------------------------------------------------------------
+
+    def deadline_s(self, asked_s: float | None) -> float:
+        """Return the deadline of a request: the client's, but never later than the node allows."""
+        latest_s = time.monotonic() + self.limits.request_timeout_s
+        return latest_s if asked_s is None or asked_s > latest_s else asked_s
+
+    def _sweep(self) -> None:
+        if self._closed:
+            return
+        self.reactor.call_later(_SWEEP_S, self._sweep)
+        self.sessions.expire()
+        self.scheduler.expire()
+        for peer, limit in self.peers.sweep():
+            self.log.of_tenant(peer.identity.tenant, "connection closed", rule=limit, sandbox=peer.identity.sandbox)
+            self.metrics.refused(peer.identity.tenant, limit)
+            if peer.connection is not None:
+                peer.connection.close()
+        now_s = time.monotonic()
+        if now_s - self._last_store_sweep_s > _STORE_SWEEP_S:
+            self._last_store_sweep_s = now_s
+            self.store.sweep()
+
+    def close(self) -> None:
+        """End the workers, finish what is being written, and close the journal. Sessions stay written down."""
+        self._closed = True
+        self.workers.close()
+        self.disk.close()
+        self.journal.close()

@@ -1,0 +1,85 @@
+"""What the doors have in common: running an operation for a call, and answering for its failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from remora.agent.answers import Answer
+from remora.agent.core import Core
+from remora.agent.execution import Run
+from remora.agent.operations import Operation
+from remora.agent.peers import Peer
+from remora.agent.sessions import Session
+from remora.errors import DeadlineExceededError, InternalError, RemoraError
+from remora.wire.ttrpc.calls import Call
+
+#: Answers a call with a finished operation's answer; it must see to it that the answer is dropped.
+Reply = Callable[[Answer], None]
+#: Answers a call with an error.
+Fail = Callable[[RemoraError], None]
+
+
+def run_for(
+    core: Core, peer: Peer, call: Call, session: Session, operation: Operation, *, reply: Reply, fail: Fail
+) -> None:
+    """Run an operation whose inputs lie in the call's memory; exactly one of `reply` and `fail` follows.
+
+    Raises:
+        RemoraError: it cannot start; neither follows.
+    """
+    run: Run | None = None
+    over = False
+
+    def done(outcome: Answer | RemoraError) -> None:
+        nonlocal over
+        was_over, over = over, True
+        if run is not None:
+            peer.remove_run(run)
+        if isinstance(outcome, Answer):
+            if was_over:
+                outcome.drop()
+                return
+            try:
+                reply(outcome)
+            except Exception as error:  # noqa: BLE001 - the border of a call: the caller gets an answer in any case
+                outcome.drop()
+                fail(as_remora_error(core, error))
+        elif not was_over:
+            fail(outcome)
+
+    call.retain()
+    try:
+        run = core.execution.run(session, operation, call.release, done)
+    except BaseException:
+        call.release()
+        raise
+    if over or run is None:
+        if not over:
+            call.on_cancel(lambda reason: _note(core, peer, call, reason))
+        return
+    started = run
+    peer.add_run(started)
+
+    def cancelled(reason: RemoraError) -> None:
+        nonlocal over
+        if not over:
+            over = True  # answered by the connection, or beyond answering
+            _note(core, peer, call, reason)
+            core.execution.cancel(started)
+
+    call.on_cancel(cancelled)
+
+
+def _note(core: Core, peer: Peer, call: Call, reason: RemoraError) -> None:
+    if isinstance(reason, DeadlineExceededError):
+        core.refused(call.service, call.method, peer, reason)
+
+
+def as_remora_error(core: Core, error: Exception) -> RemoraError:
+    """Return what the caller may know of any exception; a fault of our own is told to the log alone."""
+    if isinstance(error, RemoraError):
+        return error
+    core.reactor.on_error(error)
+    failure = InternalError("the agent failed on this request", fix="ask the operator for the agent's log")
+    failure.__cause__ = error
+    return failure

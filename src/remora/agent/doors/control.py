@@ -1,0 +1,127 @@
+"""The control door: `remora.control.v1.Control`, on a socket that only the agent's own user and root can open."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from remora import __version__
+from remora.agent.attachments import Attachments
+from remora.agent.core import Core
+from remora.errors import RemoraError, UnimplementedError
+from remora.wire import control_v1 as v1
+from remora.wire.ttrpc.calls import Call
+
+_EMPTY = v1.Empty()
+
+
+class ControlDoor:
+    """Answers the host: attach and detach sandboxes, say how things are."""
+
+    def __init__(
+        self, core: Core, attachments: Attachments, listeners: Callable[[], list[str]], metrics_address: str
+    ) -> None:
+        self._core = core
+        self._attachments = attachments
+        self._listeners = listeners
+        self._metrics_address = metrics_address
+        self._started_s = time.monotonic()
+        methods: dict[str, Callable[[Call, Any], None]] = {
+            "Attach": self._attach,
+            "Detach": self._detach,
+            "Attachments": self._list,
+            "Status": self._status,
+        }
+        self._methods = {name: (v1.METHODS[name][0], method) for name, method in methods.items()}
+
+    def handle(self, call: Call) -> None:
+        """Answer a call, now or later. A RemoraError raised here is answered by the connection."""
+        entry = self._methods.get(call.method) if call.service == v1.SERVICE else None
+        if entry is None:
+            raise UnimplementedError(
+                f"the control socket has no {call.service[:100]}/{call.method[:100]}",
+                fix=f"it has {v1.SERVICE} with {', '.join(v1.METHODS)}",
+            )
+        entry[1](call, entry[0].decode(call.payload))
+
+    @staticmethod
+    def _done(call: Call) -> Callable[[RemoraError | None], None]:
+        def done(error: RemoraError | None) -> None:
+            if error is not None:
+                call.fail(error)
+            else:
+                call.respond(_EMPTY)
+
+        return done
+
+    def _attach(self, call: Call, request: v1.AttachRequest) -> None:
+        self._attachments.attach(
+            request.sandbox,
+            request.tenant,
+            dict(request.labels),
+            request.directory,
+            request.parent,
+            request.template,
+            self._done(call),
+        )
+        self._core.log.info(
+            "sandbox attached",
+            sandbox=request.sandbox,
+            tenant=request.tenant,
+            directory=request.directory,
+            parent=request.parent,
+            template=request.template,
+        )
+
+    def _detach(self, call: Call, request: v1.DetachRequest) -> None:
+        self._attachments.detach(request.sandbox, request.keep_sessions, self._done(call))
+        self._core.log.info("sandbox detached", sandbox=request.sandbox, keep_sessions=request.keep_sessions)
+
+    def _list(self, call: Call, _request: v1.Empty) -> None:
+        listed = []
+        for attachment in self._attachments.all():
+            identity = attachment.identity
+            listed.append(
+                v1.Attachment(
+                    sandbox=identity.sandbox,
+                    tenant=attachment.tenant or identity.sandbox,
+                    labels=dict(identity.labels),
+                    directory=str(attachment.directory),
+                    parent=identity.parent,
+                    template=identity.template,
+                    connections=len(self._core.peers.of_key(identity.key)),
+                    sessions=len(self._core.sessions.of_owner(identity.key)),
+                    requests=attachment.requests,
+                )
+            )
+        call.respond(v1.AttachmentsResponse(attachments=listed))
+
+    def _status(self, call: Call, _request: v1.Empty) -> None:
+        workers = [
+            v1.WorkerStatus(
+                id=worker.id,
+                pid=worker.pid,
+                domain=worker.domain,
+                backend=worker.backend,
+                models=list(worker.models),
+                busy=worker.busy > 0,
+                restarts=worker.restarts,
+                device=worker.device,
+            )
+            for worker in self._core.workers.workers()
+        ]
+        call.respond(
+            v1.StatusResponse(
+                version=__version__,
+                pid=os.getpid(),
+                uptime_s=time.monotonic() - self._started_s,
+                listeners=self._listeners(),
+                sessions=len(self._core.sessions),
+                connections=len(self._core.peers),
+                workers=workers,
+                store_bytes=max(0, self._core.store.bytes_stored),
+                metrics_address=self._metrics_address,
+            )
+        )

@@ -1,0 +1,284 @@
+"""The native door: `remora.v1.Accelerator` (docs/protocol.md).
+
+A connection says Hello once and is then in its session; no later request can name another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from remora import __version__
+from remora.agent import operations
+from remora.agent.answers import Answer
+from remora.agent.core import Core
+from remora.agent.doors.calls import as_remora_error, run_for
+from remora.agent.models import ModelCard
+from remora.agent.peers import Peer
+from remora.agent.sessions import Session
+from remora.errors import FailedPreconditionError, InvalidArgumentError, RemoraError, UnimplementedError
+from remora.wire import remora_v1 as v1
+from remora.wire.protobuf import Limits, Message
+from remora.wire.ttrpc.calls import Call
+
+NAME = "native"
+#: More elements than any valid request has: 256 tensors of 16 dimensions.
+_DECODE_LIMITS = Limits(max_depth=4, max_elements=8192)
+_EMPTY = v1.Empty()
+_MAX_CLIENT_NAME = 200
+
+
+def _specs(specs: Any) -> list[v1.TensorSpec]:
+    return [v1.TensorSpec(name=spec.name, dtype=spec.dtype, shape=list(spec.shape)) for spec in specs]
+
+
+def model_info(card: ModelCard) -> v1.ModelInfo:
+    """Return a model as the protocol shows it."""
+    return v1.ModelInfo(
+        name=card.name,
+        task=card.task,
+        inputs=_specs(card.spec.inputs) if card.spec is not None else [],
+        outputs=_specs(card.spec.outputs) if card.spec is not None else [],
+        digest=card.digest,
+        description=card.description,
+        licence=card.licence,
+        size_bytes=card.size_bytes,
+    )
+
+
+def _timing(answer: Answer) -> v1.Timing:
+    return v1.Timing(queue_us=answer.queue_us, run_us=answer.result.run_us)
+
+
+class NativeDoor:
+    """Answers the calls of `remora.v1.Accelerator`."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        methods: dict[str, Callable[[Peer, Session, Call, Any], None]] = {
+            "Close": self._close,
+            "Models": self._models,
+            "StatResource": self._stat_resource,
+            "PutResource": self._put_resource,
+            "LoadModel": self._load_model,
+            "UnloadModel": self._unload_model,
+            "Infer": self._infer,
+            "Classify": self._classify,
+        }
+        self._methods = {name: (v1.METHODS[name][0], method) for name, method in methods.items()}
+
+    def handle(self, peer: Peer, call: Call) -> None:
+        """Answer a call, now or later."""
+        try:
+            if call.method == "Noop":
+                # By itself and first: it is what the path through the agent costs, and nothing else.
+                self._session(peer, call)
+                request = v1.NoopRequest.decode(call.payload, limits=_DECODE_LIMITS)
+                self._respond(peer, call, v1.NoopResponse(data=request.data) if request.data else _EMPTY)
+                return
+            if call.method == "Hello":
+                self._hello(peer, call, v1.HelloRequest.decode(call.payload, limits=_DECODE_LIMITS))
+                return
+            entry = self._methods.get(call.method)
+            if entry is None:
+                raise UnimplementedError(
+                    f"{v1.SERVICE} has no method {call.method[:100]!r}", fix=f"it has {', '.join(v1.METHODS)}"
+                )
+            session = self._session(peer, call)
+            entry[1](peer, session, call, entry[0].decode(call.payload, limits=_DECODE_LIMITS))
+        except Exception as error:  # noqa: BLE001 - the border of a call: every failure is answered and reported
+            self._fail(peer, call, as_remora_error(self._core, error))
+
+    def _session(self, peer: Peer, call: Call) -> Session:
+        session = peer.session
+        if session is None:
+            raise FailedPreconditionError(f"{call.method} before Hello", fix="say Hello first on every connection")
+        if not self._core.sessions.alive(session):
+            raise FailedPreconditionError("the session of this connection has ended", fix="connect again and say Hello")
+        return session
+
+    def _respond(self, peer: Peer, call: Call, message: Message, on_sent: Callable[[], None] | None = None) -> None:
+        self._core.metrics.answered(NAME, call.method, peer.identity.tenant, "OK")
+        call.respond(message, on_sent=on_sent)
+
+    def _fail(self, peer: Peer, call: Call, error: RemoraError, model: str = "") -> None:
+        if call.fail(error):
+            method = call.method if call.method in v1.METHODS else "unknown"
+            self._core.refused(NAME, method, peer, error, model=model)
+
+    # -- the session ------------------------------------------------------------------------------------------------
+
+    def _hello(self, peer: Peer, call: Call, request: v1.HelloRequest) -> None:
+        if peer.session is not None:
+            raise FailedPreconditionError("this connection has a session already", fix="say Hello once per connection")
+        if not 1 <= request.version <= v1.VERSION:
+            raise InvalidArgumentError(
+                f"the client asks for version {request.version} of {v1.SERVICE}",
+                fix=f"this agent speaks version {v1.VERSION}",
+            )
+        sessions, identity, token = self._core.sessions, peer.identity, request.token
+        client = request.client[:_MAX_CLIENT_NAME]
+        if token:
+            session = sessions.resume(identity, token)
+            if session is not None:
+                self._welcome(peer, call, client, session, bytes(token), resumed=True)
+                return
+            if sessions.fork(identity, token, lambda outcome: self._opened(peer, call, client, outcome, forked=True)):
+                return
+        sessions.create(identity, lambda outcome: self._opened(peer, call, client, outcome))
+
+    def _opened(
+        self,
+        peer: Peer,
+        call: Call,
+        client: str,
+        outcome: tuple[Session, bytes] | RemoraError,
+        *,
+        forked: bool = False,
+    ) -> None:
+        if isinstance(outcome, RemoraError):
+            self._fail(peer, call, outcome)
+        elif peer.session is not None:  # two Hellos at once
+            self._core.sessions.end(outcome[0])
+            self._fail(peer, call, FailedPreconditionError("this connection has a session already"))
+        else:
+            self._welcome(peer, call, client, *outcome, forked=forked)
+
+    def _welcome(
+        self,
+        peer: Peer,
+        call: Call,
+        client: str,
+        session: Session,
+        token: bytes,
+        *,
+        resumed: bool = False,
+        forked: bool = False,
+    ) -> None:
+        if call.ended:
+            return
+        self._core.open_session(peer, session)
+        how = "resumed" if resumed else "forked" if forked else "opened"
+        self._core.log.of_tenant(
+            peer.identity.tenant, f"session {how}", session=session.id, sandbox=peer.identity.sandbox, client=client
+        )
+        limits = self._core.limits
+        response = v1.HelloResponse(
+            session_id=session.id,
+            token=token,
+            resumed=resumed,
+            forked=forked,
+            lease_s=limits.lease_s,
+            max_message_bytes=limits.message_bytes,
+            operations=list(operations.NAMES),
+            agent=f"remora {__version__}",
+            version=v1.VERSION,
+        )
+        self._respond(peer, call, response)
+
+    def _close(self, peer: Peer, session: Session, call: Call, _request: v1.Empty) -> None:
+        self._respond(peer, call, _EMPTY)
+        self._core.sessions.end(session)
+
+    # -- resources and models ---------------------------------------------------------------------------------------
+
+    def _models(self, peer: Peer, session: Session, call: Call, _request: v1.Empty) -> None:
+        cards = self._core.models.cards(session)
+        self._respond(peer, call, v1.ModelsResponse(models=[model_info(card) for card in cards]))
+
+    def _stat_resource(self, peer: Peer, session: Session, call: Call, request: v1.StatResourceRequest) -> None:
+        digest = operations.check_digest(request.digest)
+        complete, received = self._core.store.stat(session.tenant, digest)
+        if complete:
+            self._core.sessions.hold(session, digest)
+        self._respond(peer, call, v1.StatResourceResponse(complete=complete, received_bytes=received))
+
+    def _put_resource(self, peer: Peer, session: Session, call: Call, request: v1.PutResourceRequest) -> None:
+        digest = operations.check_digest(request.digest)
+
+        def stored(outcome: tuple[int, bool] | RemoraError) -> None:
+            call.release()
+            if isinstance(outcome, RemoraError):
+                self._fail(peer, call, outcome, digest)
+                return
+            received, complete = outcome
+            if complete and self._core.sessions.alive(session):
+                self._core.sessions.hold(session, digest)
+            self._respond(peer, call, v1.PutResourceResponse(received_bytes=received, complete=complete))
+
+        call.retain()
+        try:
+            self._core.store.put(session.tenant, digest, request.offset, request.total_bytes, request.data, stored)
+        except RemoraError:
+            call.release()
+            raise
+
+    def _load_model(self, peer: Peer, session: Session, call: Call, request: v1.LoadModelRequest) -> None:
+        model = operations.check_model(request.model)
+
+        def loaded(outcome: ModelCard | RemoraError) -> None:
+            if isinstance(outcome, RemoraError):
+                self._fail(peer, call, outcome, model)
+            else:
+                self._respond(peer, call, v1.LoadModelResponse(model=model_info(outcome)))
+
+        self._core.models.load(session, model, request.format, loaded)
+
+    def _unload_model(self, peer: Peer, session: Session, call: Call, request: v1.UnloadModelRequest) -> None:
+        self._core.models.unload(session, operations.check_model(request.model))
+        self._respond(peer, call, _EMPTY)
+
+    # -- operations -------------------------------------------------------------------------------------------------
+
+    def _infer(self, peer: Peer, session: Session, call: Call, request: v1.InferRequest) -> None:
+        operations.check_tensor_count(len(request.inputs))
+        operation = operations.infer(
+            request.model,
+            [operations.tensor(given.name, given.dtype, given.shape, given.data) for given in request.inputs],
+            request.outputs,
+            deadline_s=self._core.deadline_s(call.deadline_s),
+            request_id=request.request_id,
+        )
+
+        def reply(answer: Answer) -> None:
+            outputs = [
+                v1.Tensor(name=out.name, dtype=out.dtype, shape=list(out.shape), data=out.data)
+                for out in answer.result.outputs
+            ]
+            self._respond(peer, call, v1.InferResponse(outputs=outputs, timing=_timing(answer)), answer.drop)
+
+        self._run(peer, session, call, operation, reply)
+
+    def _classify(self, peer: Peer, session: Session, call: Call, request: v1.ClassifyRequest) -> None:
+        operation = operations.classify(
+            request.model,
+            request.image,
+            request.top,
+            deadline_s=self._core.deadline_s(call.deadline_s),
+            request_id=request.request_id,
+        )
+
+        def reply(answer: Answer) -> None:
+            labels = [v1.Label(index=label.index, name=label.name, score=label.score) for label in answer.result.labels]
+            self._respond(peer, call, v1.ClassifyResponse(labels=labels, timing=_timing(answer)), answer.drop)
+
+        self._run(peer, session, call, operation, reply)
+
+    def _run(
+        self,
+        peer: Peer,
+        session: Session,
+        call: Call,
+        operation: operations.Operation,
+        reply: Callable[[Answer], None],
+    ) -> None:
+        self._core.metrics.received(peer.identity.tenant, operation.size_bytes)
+        run_for(
+            self._core,
+            peer,
+            call,
+            session,
+            operation,
+            reply=reply,
+            fail=lambda error: self._fail(peer, call, error, operation.model),
+        )

@@ -1,0 +1,217 @@
+"""From an operation to its answer: idempotency, model, queue, worker, and back. The middle of the agent.
+
+Everything here happens in the reactor's thread and nothing waits: each step is the callback of the one before. A run
+ends in exactly one call of its `done`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from remora.agent.answers import Answer, Answers, Flight, Waiter
+from remora.agent.metrics import Metrics
+from remora.agent.models import Models
+from remora.agent.operations import Operation
+from remora.agent.scheduler import Scheduler, Ticket
+from remora.agent.sessions import Session, Sessions
+from remora.errors import CancelledError, RemoraError
+from remora.workers.contract import Job, JobHandle, ModelSpec, Result, Workers
+
+
+class Run:
+    """One operation on its way."""
+
+    __slots__ = ("cancelled", "flight", "handle", "operation", "release", "session", "started_s", "ticket", "waiter")
+
+    def __init__(self, session: Session, operation: Operation, release: Callable[[], None], waiter: Waiter) -> None:
+        self.session = session
+        self.operation = operation
+        #: Gives the memory of the inputs back; called when no worker can read it any more.
+        self.release = release
+        self.waiter = waiter
+        self.flight: Flight | None = None
+        self.ticket: Ticket | None = None
+        self.handle: JobHandle | None = None
+        self.started_s = time.monotonic()
+        self.cancelled = False
+
+
+class Execution:
+    """Runs operations for sessions."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        models: Models,
+        sessions: Sessions,
+        scheduler: Scheduler,
+        answers: Answers,
+        metrics: Metrics,
+        call_soon: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._workers = workers
+        self._models = models
+        self._sessions = sessions
+        self._scheduler = scheduler
+        self._answers = answers
+        self._metrics = metrics
+        self._call_soon = call_soon
+        self._runs: dict[str, set[Run]] = {}  # by session
+
+    def run(self, session: Session, operation: Operation, release: Callable[[], None], done: Waiter) -> Run | None:
+        """Run an operation; `done` gets the answer, which it must drop, or the error.
+
+        Args:
+            release: Called once, when the memory of the operation's inputs is free again.
+
+        Returns:
+            What `cancel` takes; None if the request joined one that runs, or was answered from memory.
+
+        Raises:
+            RemoraError: it cannot even start; then neither `done` nor `release` is called.
+        """
+        if not operation.request_id:
+            run = Run(session, operation, release, done)
+            self._begin(run)
+            return run
+        key = (session.id, operation.request_id)
+        fingerprint = (operation.name, operation.model, operation.size_bytes)
+        known = self._answers.look_up(session.tenant, key, fingerprint)
+        if isinstance(known, Answer):
+            release()
+            done(known)
+            return None
+        if known is not None:
+            release()
+            known.waiters.append(done)
+            return None
+        flight = self._answers.begin(key, fingerprint)
+        flight.waiters.append(done)
+        run = Run(session, operation, release, lambda outcome: self._land(session, flight, outcome))
+        run.flight = flight
+        try:
+            self._begin(run)
+        except RemoraError:
+            self._answers.end(session.tenant, flight, None)
+            raise
+        return run
+
+    def _begin(self, run: Run) -> None:
+        model = run.operation.model
+        domain = self._models.domain_for(run.session, model)
+        self._runs.setdefault(run.session.id, set()).add(run)
+        try:
+            if self._models.loaded(domain, model):
+                self._queue(run, domain)
+            else:
+                self._models.ensure(run.session, model, lambda outcome: self._loaded(run, domain, outcome))
+        except RemoraError:
+            self._remove(run)
+            raise
+
+    def _loaded(self, run: Run, domain: str, outcome: ModelSpec | RemoraError) -> None:
+        if run.cancelled:
+            self._finish(run, CancelledError("the request was given up"))
+            return
+        if isinstance(outcome, RemoraError):
+            self._finish(run, outcome)
+            return
+        try:
+            self._queue(run, domain)
+        except RemoraError as error:
+            self._finish(run, error)
+
+    def _queue(self, run: Run, domain: str) -> None:
+        run.ticket = Ticket(
+            run.session.tenant,
+            (domain, run.operation.model),
+            lambda: self._start(run, domain),
+            lambda error: self._finish(run, error),
+            run.operation.deadline_s,
+        )
+        self._scheduler.submit(run.ticket)
+
+    def _start(self, run: Run, domain: str) -> None:
+        operation = run.operation
+        queue_us = int((time.monotonic() - run.started_s) * 1e6)
+        job = Job(
+            operation=operation.name,
+            domain=domain,
+            tenant=run.session.tenant,
+            model=operation.model,
+            inputs=operation.inputs,
+            outputs=operation.outputs,
+            image=operation.image,
+            top=operation.top,
+            deadline_s=operation.deadline_s,
+        )
+        try:
+            run.handle = self._workers.submit(job, lambda outcome: self._ended(run, queue_us, outcome))
+        except RemoraError as error:
+            failure = error  # the except clause's own name is gone when the call is made
+            self._call_soon(lambda: self._ended(run, queue_us, failure))
+
+    def _ended(self, run: Run, queue_us: int, outcome: Result | RemoraError) -> None:
+        run_us = outcome.run_us if isinstance(outcome, Result) else 0
+        try:
+            if isinstance(outcome, Result):
+                self._metrics.ran(run.operation.name, run.operation.model, queue_us, run_us)
+                self._finish(run, Answer(outcome, queue_us))
+            else:
+                self._finish(run, outcome)
+        finally:  # whatever became of the answer, the slot is free
+            if run.ticket is not None:
+                self._scheduler.finished(run.ticket, run_us)
+
+    def _finish(self, run: Run, outcome: Answer | RemoraError) -> None:
+        self._remove(run)
+        run.release()
+        run.waiter(outcome)
+
+    def _remove(self, run: Run) -> None:
+        runs = self._runs.get(run.session.id)
+        if runs is not None:
+            runs.discard(run)
+            if not runs:
+                del self._runs[run.session.id]
+
+    def _land(self, session: Session, flight: Flight, outcome: Answer | RemoraError) -> None:
+        """Answer everyone who waits for a request with a key."""
+        answer = outcome if isinstance(outcome, Answer) else None
+        keep = answer if self._sessions.alive(session) else None
+        self._answers.end(session.tenant, flight, keep)
+        for waiter in flight.waiters:
+            waiter(answer.take() if answer is not None else outcome)
+        if answer is not None:
+            answer.drop()
+
+    # -- giving up --------------------------------------------------------------------------------------------------
+
+    def cancel(self, run: Run) -> None:
+        """Nobody waits for this run any more: its connection is gone.
+
+        One that can be sent again goes on if it is with a worker already; a client that comes back finds its answer.
+        """
+        if run.flight is not None:
+            if len(run.flight.waiters) == 1 and run.ticket is not None and self._scheduler.cancel(run.ticket):
+                self._finish(run, CancelledError("the request was given up while it waited"))
+            return
+        self._stop(run)
+
+    def session_ended(self, session: Session) -> None:
+        """Stop everything the session still runs."""
+        for run in list(self._runs.get(session.id, ())):
+            self._stop(run)
+        self._answers.forget_session(session.tenant, session.id)
+
+    def _stop(self, run: Run) -> None:
+        if run.cancelled:
+            return
+        run.cancelled = True
+        if run.ticket is None:
+            return  # its model is being loaded: dropped when that ends
+        if self._scheduler.cancel(run.ticket):
+            self._finish(run, CancelledError("the request was given up while it waited"))
+        elif run.handle is not None:
+            run.handle.cancel()

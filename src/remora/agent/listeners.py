@@ -1,0 +1,178 @@
+"""Listening sockets: made with care, replaced only when dead, removed at the end.
+
+A socket file that a killed agent left behind is in the way; one that somebody listens on must stay. The two look the
+same in a directory, so the file is tried first.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from remora.agent.identity import Address, resolve_loopback
+from remora.errors import AlreadyExistsError, FailedPreconditionError, PermissionDeniedError, RemoraError
+from remora.reactor import READ, Reactor
+
+_BACKLOG = 1024
+#: How long accepting pauses when the process has no descriptor left.
+_PAUSE_S = 0.1
+#: Connections accepted in one go, so that a flood of them does not starve those that are there.
+_BATCH = 64
+
+
+def _in_use(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(os.fspath(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True  # it answers in some way, or it cannot be known: leave it
+        return True
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise AlreadyExistsError(f"{path} exists and is not a socket", fix="move it away, or listen on another address")
+    if _in_use(path):
+        raise AlreadyExistsError(
+            f"another process listens on {path}", fix="stop it (`remora agent status`), or listen on another address"
+        )
+    path.unlink()
+
+
+def bind_unix(path: Path, mode: int) -> socket.socket:
+    """Listen on a Unix socket that has `mode` from its first moment.
+
+    Raises:
+        AlreadyExistsError: the path is taken.
+        PermissionDeniedError, FailedPreconditionError: the path cannot be made.
+    """
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    mask = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(os.fspath(path))
+    except PermissionError as error:
+        sock.close()
+        raise PermissionDeniedError(
+            f"no permission to make the socket {path}", fix="choose a directory you may write to, or run as its owner"
+        ) from error
+    except FileNotFoundError as error:
+        sock.close()
+        raise FailedPreconditionError(
+            f"the directory of {path} does not exist", fix=f"mkdir -p {path.parent}"
+        ) from error
+    except OSError as error:
+        sock.close()
+        raise FailedPreconditionError(f"the socket {path} cannot be made: {error.strerror}") from error
+    finally:
+        os.umask(mask)
+    sock.listen(_BACKLOG)
+    sock.setblocking(False)
+    return sock
+
+
+def bind_tcp(address: Address) -> socket.socket:
+    """Listen on a loopback TCP port.
+
+    Raises:
+        AlreadyExistsError: the port is in use.
+        PermissionDeniedError: the port is a privileged one.
+    """
+    sock = socket.socket(resolve_loopback(address), socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((address.host, address.port))
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AlreadyExistsError(
+                f"port {address.port} on {address.host} is in use", fix="choose another port, or stop who uses it"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise PermissionDeniedError(
+                f"no permission to listen on port {address.port}", fix="choose a port above 1023"
+            ) from error
+        raise FailedPreconditionError(f"{address.text} cannot be listened on: {error.strerror}") from error
+    sock.setblocking(False)
+    return sock
+
+
+class Listener:
+    """An accept loop on the reactor. Owns its socket and, for a Unix socket, the file."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: socket.socket,
+        on_connection: Callable[[socket.socket], None],
+        path: Path | None = None,
+    ) -> None:
+        self._reactor = reactor
+        self._sock = sock
+        self._on_connection = on_connection
+        self._path = path
+        self._inode = path.lstat().st_ino if path is not None else 0
+        self._closed = False
+        reactor.register(sock.fileno(), READ, self._accept)
+
+    def _accept(self, _events: int) -> None:
+        for _ in range(_BATCH):
+            if self._closed:
+                return
+            try:
+                sock, _peer = self._sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._pause()
+                    return
+                raise
+            try:
+                sock.setblocking(False)
+                if sock.family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._on_connection(sock)
+            except (OSError, RemoraError):
+                sock.close()
+                raise
+
+    def _pause(self) -> None:
+        """No descriptor is left: whoever waits to be accepted waits on, and the loop does not spin."""
+        self._reactor.unregister(self._sock.fileno())
+        self._reactor.call_later(_PAUSE_S, self._resume)
+
+    def _resume(self) -> None:
+        if not self._closed:
+            self._reactor.register(self._sock.fileno(), READ, self._accept)
+
+    @property
+    def port(self) -> int:
+        """The TCP port, also when it was chosen by the kernel."""
+        name = self._sock.getsockname()
+        return int(name[1]) if isinstance(name, tuple) else 0
+
+    def close(self) -> None:
+        """Stop listening and remove the socket file, if it still is ours."""
+        if self._closed:
+            return
+        self._closed = True
+        self._reactor.unregister(self._sock.fileno())
+        self._sock.close()
+        if self._path is not None:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if self._path.lstat().st_ino == self._inode:
+                    self._path.unlink()

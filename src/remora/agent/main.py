@@ -1,0 +1,81 @@
+"""`remora agent`: put an agent together, run it until a signal, take it apart."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from remora import __version__
+from remora.agent import lifecycle
+from remora.agent.identity import Address
+from remora.agent.logs import Log
+from remora.agent.models import CatalogueEntry
+from remora.agent.policy import Policy
+from remora.agent.server import Agent
+from remora.reactor import Reactor
+from remora.workers.contract import Workers
+from remora.workers.settings import WorkerSettings
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says, checked."""
+
+    listen: Sequence[Address]
+    state: Path
+    policy: Policy
+    control: Path
+    metrics: Address
+    json_log: bool = False
+    ready_fd: int | None = None
+
+
+MakeWorkers = Callable[[Reactor, WorkerSettings], Workers]
+
+
+def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers: MakeWorkers) -> int:
+    """Run an agent until SIGTERM or SIGINT; return the exit status.
+
+    Raises:
+        RemoraError: it cannot start; nothing is left behind.
+    """
+    lifecycle.check_ready_fd(options.ready_fd)
+    lifecycle.private_directory(options.state, "state directory")
+    lifecycle.private_directory(options.control.parent, "run-time directory")
+    # Two descriptors for each file or socket of a connection's life, and room for workers and files.
+    lifecycle.raise_descriptor_limit(2 * options.policy.limits.connections + 1024)
+    with ExitStack() as stack:
+        stack.enter_context(lifecycle.StateLock(options.state))
+        log = Log(json_lines=options.json_log)
+        stack.callback(log.close)
+        reactor = Reactor()
+        stack.callback(reactor.close)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            reactor.on_signal(signum, reactor.stop)
+        # Workers before sockets: whoever connects is served, and a node that cannot confine says so at once.
+        workers = make_workers(reactor, options.policy.workers)
+        stack.callback(workers.close)
+        agent = Agent(reactor, options.state, options.policy, workers, catalogue, log)
+        stack.callback(agent.close)
+        agent.listen_metrics(options.metrics)
+        agent.listen_control(options.control)
+        addresses = [agent.listen(address) for address in options.listen]
+        agent.recover()
+        log.info(
+            "agent listening",
+            version=__version__,
+            pid=os.getpid(),
+            listen=" ".join(addresses),
+            control=str(options.control),
+            metrics=agent.metrics_address,
+            models=len(catalogue),
+            sessions=len(agent.core.sessions),
+        )
+        lifecycle.announce(options.ready_fd, " ".join(addresses))
+        reactor.run()
+        log.info("agent stopping")
+    return 0

@@ -1,0 +1,273 @@
+"""Which models a tenant may use, and getting them into a worker before the first request needs them.
+
+Catalogue models are the operator's and run in the shared domain; what a tenant uploaded runs only in that tenant's own.
+A model is loaded when it is first asked for, also after a restart of the agent: a session remembers what it loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from remora.agent import files
+from remora.agent.disk import DiskPool
+from remora.agent.operations import is_digest
+from remora.agent.sessions import Session, Sessions
+from remora.agent.store import Store
+from remora.errors import InvalidArgumentError, NotFoundError, RemoraError
+from remora.workers.contract import SHARED, ModelSource, ModelSpec, Workers
+
+FORMATS = ("onnx",)
+
+SpecDone = Callable[[ModelSpec | RemoraError], None]
+
+
+class Description(Protocol):
+    """What the catalogue knows of a model without loading it (`catalog.ModelMetadata`)."""
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+
+class CatalogueEntry(Protocol):
+    """A model of the operator's (`catalog.CatalogEntry`)."""
+
+    @property
+    def source(self) -> ModelSource: ...
+
+    @property
+    def info(self) -> Description: ...
+
+
+class ModelCard:
+    """A model as `Models` and `LoadModel` show it: what is known of it now."""
+
+    __slots__ = ("description", "digest", "licence", "name", "size_bytes", "spec", "task")
+
+    def __init__(self, name: str, task: str, digest: str, size_bytes: int, spec: ModelSpec | None) -> None:
+        self.name = name
+        self.task = task
+        self.digest = digest
+        self.size_bytes = size_bytes
+        self.spec = spec
+        self.description = ""
+        self.licence = ""
+
+
+def recognise(path: Path) -> str:
+    """Return the format of a model file by its first bytes.
+
+    ONNX has no magic number: it is what is left when the others are excluded; its worker checks the rest.
+
+    Raises:
+        InvalidArgumentError: the file is of a format that no backend here runs.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    found = ""
+    if head[:4] == b"PK\x03\x04":
+        found = "a zip archive (TorchScript?)"
+    elif head[4:8] == b"TFL3":
+        found = "a TensorFlow Lite model"
+    elif head[:4] in (b"\x7fELF", b"\x89PNG") or head[:3] in (b"\xff\xd8\xff", b"\x1f\x8b\x08"):
+        found = "no model"
+    if found:
+        raise InvalidArgumentError(f"the model file is {found}", fix=f"give one of the formats {', '.join(FORMATS)}")
+    return "onnx"
+
+
+class Models:
+    """The catalogue, and what is loaded or being loaded."""
+
+    def __init__(
+        self,
+        catalogue: Mapping[str, CatalogueEntry],
+        workers: Workers,
+        store: Store,
+        sessions: Sessions,
+        disk: DiskPool,
+    ) -> None:
+        self._catalogue = catalogue
+        self._workers = workers
+        self._store = store
+        self._sessions = sessions
+        self._disk = disk
+        self._loaded: dict[tuple[str, str], ModelSpec] = {}
+        self._waiting: dict[tuple[str, str], list[SpecDone]] = {}
+
+    def domain_for(self, session: Session, model: str) -> str:
+        """Return the trust domain in which the session may run the model: the catalogue's, or one it loaded.
+
+        Raises:
+            NotFoundError: no such model, or not loaded in this session.
+        """
+        domain = self.domain(session.tenant, model)
+        if domain != SHARED and model not in (session.models or ()):
+            raise NotFoundError(f"{model} is not loaded in this session", fix="load it first")
+        return domain
+
+    def domain(self, tenant: str, model: str) -> str:
+        """Return the trust domain to which a model that the tenant may know of belongs.
+
+        Raises:
+            NotFoundError: no such model, or none that this tenant may know of.
+        """
+        if model in self._catalogue:
+            return SHARED
+        if is_digest(model) and self._store.owns(tenant, model):
+            return tenant
+        if is_digest(model):
+            raise NotFoundError(f"there is no model {model}", fix="upload it and load it first")
+        names = ", ".join(sorted(self._catalogue)) or "empty"
+        raise NotFoundError(
+            f"there is no model {model!r}", fix=f"the catalogue is {names}; `remora models build` adds to it"
+        )
+
+    def loaded(self, domain: str, model: str) -> bool:
+        return (domain, model) in self._loaded
+
+    def ensure(self, session: Session, model: str, done: SpecDone, model_format: str = "") -> None:
+        """Load the model into its domain's worker, if it is not there yet.
+
+        Raises:
+            NotFoundError: as `domain`.
+        """
+        domain = self.domain(session.tenant, model)
+        key = (domain, model)
+        spec = self._loaded.get(key)
+        if spec is not None:
+            done(spec)
+            return
+        if (waiting := self._waiting.get(key)) is not None:
+            waiting.append(done)
+            return
+        self._waiting[key] = [done]
+        entry = self._catalogue.get(model)
+        if entry is not None:
+            self._load_catalogue(key, entry)
+        else:
+            chosen = model_format or (session.models or {}).get(model, "")
+            self._load_upload(key, chosen)
+
+    def _load_catalogue(self, key: tuple[str, str], entry: CatalogueEntry) -> None:
+        source = entry.source
+
+        def verified(error: RemoraError | None) -> None:
+            if error is not None:
+                self._answer(key, error)
+            else:
+                self._workers.load(key[0], source, lambda spec: self._answer(key, spec))
+
+        def verify() -> None:
+            files.ResourceFiles.verify(source.path, source.digest)
+
+        try:
+            self._disk.submit(source.digest, verify, verified)
+        except RemoraError as error:
+            self._answer(key, error)
+
+    def _load_upload(self, key: tuple[str, str], model_format: str) -> None:
+        tenant, digest = key
+
+        def opened(path: Path | RemoraError) -> None:
+            if isinstance(path, RemoraError):
+                self._answer(key, path)
+                return
+            try:
+                source = ModelSource(digest, digest, path, model_format or recognise(path))
+            except RemoraError as error:
+                self._answer(key, error)
+                return
+            self._workers.load(tenant, source, lambda spec: self._answer(key, spec))
+
+        try:
+            self._store.open(tenant, digest, opened)
+        except RemoraError as error:
+            self._answer(key, error)
+
+    def _answer(self, key: tuple[str, str], outcome: ModelSpec | RemoraError) -> None:
+        waiting = self._waiting.pop(key, [])
+        if isinstance(outcome, ModelSpec):
+            self._loaded[key] = outcome
+        for done in waiting:
+            done(outcome)
+
+    def load(
+        self, session: Session, model: str, model_format: str, done: Callable[[ModelCard | RemoraError], None]
+    ) -> None:
+        """Load a model for a session, which keeps its resource until the session unloads it or ends."""
+        if model_format and model_format not in FORMATS:
+            raise InvalidArgumentError(
+                f"{model_format[:40]!r} is not a model format here", fix=f"use one of {', '.join(FORMATS)}"
+            )
+        self.domain(session.tenant, model)
+        self._sessions.add_model(session, model, model_format)
+        if is_digest(model):
+            self._sessions.hold(session, model)
+
+        def loaded(outcome: ModelSpec | RemoraError) -> None:
+            if isinstance(outcome, RemoraError):
+                if self._sessions.alive(session):
+                    self.unload(session, model)
+                done(outcome)
+            else:
+                done(self.card(session.tenant, model))
+
+        self.ensure(session, model, loaded, model_format)
+
+    def unload(self, session: Session, model: str) -> None:
+        """Undo `load`; the worker gives the model up when no session of the tenant uses it. Twice is no error."""
+        if self._sessions.remove_model(session, model) and is_digest(model):
+            self._sessions.unhold(session, model)
+            self._forget_unused(session.tenant, model)
+
+    def session_ended(self, session: Session) -> None:
+        """Unload what only this session used. Called when it is gone from the table."""
+        for model in session.models or ():
+            if is_digest(model):
+                self._forget_unused(session.tenant, model)
+
+    def _forget_unused(self, tenant: str, model: str) -> None:
+        if not self._sessions.uses_model(tenant, model) and self._loaded.pop((tenant, model), None) is not None:
+            self._workers.unload(tenant, model)
+
+    def forget_domain(self, domain: str) -> None:
+        """The domain's workers are gone."""
+        for key in [key for key in self._loaded if key[0] == domain]:
+            del self._loaded[key]
+
+    def card(self, tenant: str, model: str) -> ModelCard:
+        domain = self.domain(tenant, model)
+        spec = self._loaded.get((domain, model))
+        entry = self._catalogue.get(model)
+        if entry is None:
+            return ModelCard(model, spec.task if spec else "tensor", model, self._store.size(tenant, model), spec)
+        card = ModelCard(model, entry.source.task, entry.source.digest, entry.info.size_bytes, spec)
+        card.description, card.licence = entry.info.description, entry.info.licence
+        return card
+
+    def cards(self, session: Session) -> list[ModelCard]:
+        """Return the catalogue's models, then those that the session loaded."""
+        own = [name for name in session.models or () if name not in self._catalogue]
+        usable = [name for name in own if self._store.owns(session.tenant, name)]
+        return [self.card(session.tenant, name) for name in (*sorted(self._catalogue), *sorted(usable))]
+
+    def default_classifier(self) -> str:
+        """Return the catalogue's first model that classifies pictures, for callers who name none (vAccel).
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        for name in sorted(self._catalogue):
+            if self._catalogue[name].source.task == "classification":
+                return name
+        raise NotFoundError(
+            "no model for ImageClassification in the catalogue", fix="add one with `remora models build`"
+        )

@@ -1,0 +1,137 @@
+"""Operations: what a door hands on. Nothing below a door knows which protocol a request came from.
+
+A value of this kind is checked once, here, before anything is allocated for it: names, element types, shapes against
+byte counts, how many of each. Whether the model accepts these shapes only its worker can know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from remora.errors import InvalidArgumentError
+from remora.wire.remora_v1 import DTYPES
+from remora.workers.contract import TensorView
+
+MAX_TENSORS = 256
+MAX_RANK = 16
+MAX_NAME = 256
+MAX_TOP = 1000
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_MODEL = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.:/@-]{0,255}")
+
+INFER = "infer"
+CLASSIFY = "classify"
+#: Every operation the agent offers, as `Hello` announces them.
+NAMES = (CLASSIFY, INFER)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One request for a worker, valid by construction (see `infer` and `classify`)."""
+
+    name: str
+    model: str
+    inputs: tuple[TensorView, ...] = ()
+    outputs: tuple[str, ...] = ()
+    image: memoryview | None = None
+    top: int = 5
+    #: On the monotonic clock.
+    deadline_s: float | None = None
+    #: Idempotency key within the session; 0 for none.
+    request_id: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of input."""
+        return sum(len(tensor.data) for tensor in self.inputs) + (len(self.image) if self.image is not None else 0)
+
+
+def check_digest(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):
+        raise InvalidArgumentError(
+            f"{digest[:80]!r} is not a digest", fix="write sha256: and 64 lower-case hexadecimal digits"
+        )
+    return digest
+
+
+def is_digest(name: str) -> bool:
+    return name.startswith("sha256:")
+
+
+def check_model(name: str) -> str:
+    """Return the name of a catalogue model or the digest of an uploaded one, if it can be either."""
+    if is_digest(name):
+        return check_digest(name)
+    if not _MODEL.fullmatch(name):
+        raise InvalidArgumentError(
+            f"{name[:80]!r} is not a model name", fix="ask Models for the names, or give sha256:<digest> of an upload"
+        )
+    return name
+
+
+def tensor(name: str, dtype: str, shape: Sequence[int], data: bytes | memoryview) -> TensorView:
+    """Return a checked tensor.
+
+    Raises:
+        InvalidArgumentError: unknown dtype, rank above 16, a negative size, or bytes that are not shape times dtype.
+    """
+    if len(name) > MAX_NAME:
+        raise InvalidArgumentError(f"the tensor name {name[:40]!r}... is longer than {MAX_NAME} characters")
+    element_bytes = DTYPES.get(dtype)
+    if element_bytes is None:
+        raise InvalidArgumentError(
+            f"tensor {name!r} has the unknown dtype {dtype[:40]!r}", fix=f"use one of {', '.join(DTYPES)}"
+        )
+    if len(shape) > MAX_RANK:
+        raise InvalidArgumentError(f"tensor {name!r} has {len(shape)} dimensions, at most {MAX_RANK} are allowed")
+    expected = element_bytes
+    for size in shape:
+        if size < 0:
+            raise InvalidArgumentError(f"tensor {name!r} has a negative size in its shape {list(shape)}")
+        expected *= size
+    if expected != len(data):
+        raise InvalidArgumentError(
+            f"tensor {name!r} of shape {list(shape)} and dtype {dtype} has {expected} bytes, {len(data)} were sent",
+            fix="send contiguous row-major bytes of exactly that size",
+        )
+    view = data if isinstance(data, memoryview) else memoryview(data)
+    return TensorView(name, dtype, tuple(shape), view)
+
+
+def infer(
+    model: str, inputs: Iterable[TensorView], outputs: Sequence[str], *, deadline_s: float | None, request_id: int = 0
+) -> Operation:
+    """Return a checked operation that runs `model` on tensors."""
+    tensors = tuple(inputs)
+    if not tensors:
+        raise InvalidArgumentError("infer has no input tensor", fix="send at least one")
+    names = [entry.name for entry in tensors]
+    if len(set(names)) != len(names):
+        raise InvalidArgumentError("two input tensors have the same name", fix="name each input once")
+    if len(outputs) > MAX_TENSORS or any(len(name) > MAX_NAME for name in outputs):
+        raise InvalidArgumentError(
+            f"infer asks for {len(outputs)} outputs; at most {MAX_TENSORS} of {MAX_NAME} characters are allowed"
+        )
+    return Operation(INFER, check_model(model), tensors, tuple(outputs), deadline_s=deadline_s, request_id=request_id)
+
+
+def check_tensor_count(count: int) -> None:
+    """Refuse too many tensors before any of them is looked at."""
+    if count > MAX_TENSORS:
+        raise InvalidArgumentError(f"{count} input tensors were sent, at most {MAX_TENSORS} are allowed")
+
+
+def classify(
+    model: str, image: bytes | memoryview, top: int, *, deadline_s: float | None, request_id: int = 0
+) -> Operation:
+    """Return a checked operation that classifies one encoded picture."""
+    if not len(image):
+        raise InvalidArgumentError("classify has no picture", fix="send the bytes of a JPEG, PNG, WebP, GIF or BMP")
+    if top > MAX_TOP:
+        raise InvalidArgumentError(f"classify asks for {top} labels, at most {MAX_TOP} are allowed")
+    view = image if isinstance(image, memoryview) else memoryview(image)
+    return Operation(
+        CLASSIFY, check_model(model), image=view, top=top or 5, deadline_s=deadline_s, request_id=request_id
+    )

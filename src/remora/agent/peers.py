@@ -1,0 +1,172 @@
+"""The connections of callers: how many there may be, what each may have in flight, and when one is given up.
+
+A peer is a connection with the identity that its socket has. What it says comes to a door; who it is was settled here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from remora.agent.execution import Run
+from remora.agent.identity import Identity
+from remora.agent.policy import Limits
+from remora.agent.sessions import Session
+from remora.errors import RemoraError, ResourceExhaustedError
+from remora.workers.contract import Block
+
+
+class Connection(Protocol):
+    """What a peer needs of a `wire.ttrpc.reactor.ServerConnection`."""
+
+    def close(self) -> None: ...
+
+
+class Peer:
+    """One connection. Small on purpose: ten thousand idle ones wait on a node."""
+
+    __slots__ = ("active_s", "connection", "identity", "made_s", "requests", "runs", "session", "sessions")
+
+    def __init__(self, identity: Identity, now_s: float) -> None:
+        self.identity = identity
+        self.connection: Connection | None = None
+        #: Opened by Hello; a vAccel connection has none, its requests name theirs.
+        self.session: Session | None = None
+        #: All sessions used over this connection; their leases do not run meanwhile.
+        self.sessions: set[Session] | None = None
+        self.runs: set[Run] | None = None
+        self.made_s = now_s
+        self.active_s = now_s
+        self.requests = 0
+
+    def add_run(self, run: Run) -> None:
+        if self.runs is None:
+            self.runs = set()
+        self.runs.add(run)
+
+    def remove_run(self, run: Run) -> None:
+        if self.runs is not None:
+            self.runs.discard(run)
+
+
+class _CountedBlock:
+    """A block of a tenant's shared memory that counts against the tenant's bytes in flight."""
+
+    __slots__ = ("_block", "_in_flight", "_tenant", "view")
+
+    def __init__(self, block: Block, in_flight: Counter[str], tenant: str) -> None:
+        self._block: Block | None = block
+        self._in_flight = in_flight
+        self._tenant = tenant
+        self.view = block.view
+        in_flight[tenant] += len(block.view)
+
+    def release(self) -> None:
+        block, self._block = self._block, None
+        if block is None:
+            return
+        self._in_flight[self._tenant] -= len(self.view)
+        if not self._in_flight[self._tenant]:
+            del self._in_flight[self._tenant]
+        self.view = memoryview(b"")
+        block.release()
+
+
+class Peers:
+    """All connections of callers, by tenant."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        allocate: Callable[[str, int], Block],
+        reclaim: Callable[[str], bool],
+        on_left: Callable[[Peer], None],
+    ) -> None:
+        """
+        Args:
+            allocate: Shared memory of a tenant (`Workers.allocate`).
+            reclaim: Gives back memory that a tenant's remembered answers hold; True if that freed any.
+            on_left: Called once for each peer whose connection is gone.
+        """
+        self._limits = limits
+        self._allocate = allocate
+        self._reclaim = reclaim
+        self._on_left = on_left
+        self._peers: set[Peer] = set()
+        self.per_tenant: Counter[str] = Counter()
+        self.in_flight_bytes: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(self._peers)
+
+    def check_room(self, tenant: str) -> None:
+        """
+        Raises:
+            ResourceExhaustedError: there are too many connections; the message names the limit.
+        """
+        if len(self._peers) >= self._limits.connections:
+            raise ResourceExhaustedError(
+                f"the agent has {self._limits.connections} connections (limits.connections)",
+                fix="connect again later, or ask the operator to raise it",
+            )
+        if self.per_tenant[tenant] >= self._limits.connections_per_tenant:
+            raise ResourceExhaustedError(
+                f"this tenant has {self._limits.connections_per_tenant} connections (limits.connections_per_tenant)",
+                fix="use fewer connections: one carries many requests at once",
+            )
+
+    def join(self, identity: Identity) -> Peer:
+        peer = Peer(identity, time.monotonic())
+        self._peers.add(peer)
+        self.per_tenant[identity.tenant] += 1
+        return peer
+
+    def leave(self, peer: Peer) -> None:
+        if peer not in self._peers:
+            return
+        self._peers.discard(peer)
+        tenant = peer.identity.tenant
+        self.per_tenant[tenant] -= 1
+        if not self.per_tenant[tenant]:
+            del self.per_tenant[tenant]
+        self._on_left(peer)
+
+    def of_key(self, key: str) -> list[Peer]:
+        return [peer for peer in self._peers if peer.identity.key == key]
+
+    def allocate(self, tenant: str, size_bytes: int) -> _CountedBlock:
+        """Return memory for one incoming message.
+
+        Raises:
+            ResourceExhaustedError: the tenant has too many bytes in flight, or its shared memory is full.
+        """
+        used = self.in_flight_bytes[tenant]
+        if used + size_bytes > self._limits.in_flight_bytes_per_tenant:
+            raise ResourceExhaustedError(
+                f"a message of {size_bytes} bytes does not fit: this tenant has {used} of "
+                f"{self._limits.in_flight_bytes_per_tenant} bytes in flight (limits.in_flight_bytes_per_tenant)",
+                fix="wait for answers before sending more",
+            )
+        try:
+            block = self._allocate(tenant, size_bytes)
+        except RemoraError:
+            if not self._reclaim(tenant):
+                raise
+            block = self._allocate(tenant, size_bytes)
+        return _CountedBlock(block, self.in_flight_bytes, tenant)
+
+    def sweep(self) -> list[tuple[Peer, str]]:
+        """Return the connections to give up, each with the limit that says so; called now and then."""
+        now_s = time.monotonic()
+        late = []
+        for peer in self._peers:
+            if not peer.requests and now_s - peer.made_s > self._limits.hello_timeout_s:
+                late.append((peer, "limits.hello_timeout_s"))
+            elif not peer.runs and now_s - peer.active_s > self._limits.idle_timeout_s:
+                late.append((peer, "limits.idle_timeout_s"))
+        return late

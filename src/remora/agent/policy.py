@@ -1,0 +1,162 @@
+"""What the node allows, as one value that is read once and checked before the first socket is opened.
+
+Every number by which a guest could make the agent wait, grow or fill a disk has a name here, and the error that
+refuses a request says that name: whoever reads the refusal knows which key of the configuration file to talk about.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remora.errors import FailedPreconditionError, InvalidArgumentError, PermissionDeniedError
+from remora.workers.settings import WorkerSettings
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Section `[limits]`: what connections, sessions and requests may use."""
+
+    #: Connections of all tenants together.
+    connections: int = 16384
+    connections_per_tenant: int = 1024
+    sessions_per_tenant: int = 1024
+    #: Largest message body a client may send.
+    message_bytes: int = 64 * MIB
+    #: Bodies that were received for a tenant and are not answered yet.
+    in_flight_bytes_per_tenant: int = 256 * MIB
+    #: Requests of one connection that are not answered yet.
+    in_flight_per_connection: int = 256
+    #: Requests of a tenant that wait for a worker.
+    queue_length_per_tenant: int = 256
+    #: Answers that wait for a reader who does not read.
+    out_bytes_per_connection: int = 128 * MIB
+    #: A message must be complete this long after its first byte.
+    frame_timeout_s: int = 30
+    #: A connection must open a session this long after it was made.
+    hello_timeout_s: int = 30
+    #: A connection without any request is closed after this long.
+    idle_timeout_s: int = 3600
+    #: A request without a deadline, or with a later one, gets this one.
+    request_timeout_s: int = 300
+    #: How long a session outlives its last connection.
+    lease_s: int = 300
+    #: Answers remembered for requests that are sent again.
+    answers_per_tenant: int = 256
+    answer_bytes_per_tenant: int = 4 * MIB
+    #: Models that one session may have loaded at once.
+    models_per_session: int = 16
+    #: Resources and unfinished uploads of one tenant.
+    resources_per_tenant: int = 256
+
+
+@dataclass(frozen=True)
+class StoreLimits:
+    """Section `[store]`: what uploads may fill."""
+
+    #: Bytes a tenant may store, unfinished uploads counted by their announced size.
+    tenant_bytes: int = 4 * GIB
+    #: Bytes of all tenants together.
+    total_bytes: int = 32 * GIB
+    #: A resource that no session holds is removed this long after its last use.
+    max_age_s: int = 7 * 24 * 3600
+    #: An unfinished upload is removed this long after its last chunk.
+    partial_age_s: int = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Policy:
+    limits: Limits = field(default_factory=Limits)
+    store: StoreLimits = field(default_factory=StoreLimits)
+    #: Section `[workers]`.
+    workers: WorkerSettings = field(default_factory=WorkerSettings)
+
+
+Section = Limits | StoreLimits | WorkerSettings
+_SECTIONS: dict[str, type[Section]] = {"limits": Limits, "store": StoreLimits, "workers": WorkerSettings}
+#: Smallest value of a whole number, where 1 would make the agent useless or 0 has a meaning.
+_LEAST: dict[str, int] = {
+    "message_bytes": 4 * MIB,
+    "out_bytes_per_connection": 4 * KIB,
+    "standby": 0,
+    "tenant_memory_bytes": 0,
+    "shared_memory_bytes": 0,
+}
+
+
+def _check_value(where: str, key: str, value: object, default: object) -> None:
+    """Refuse a value that is not of its default's kind."""
+    if isinstance(default, bool):
+        good, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, str):
+        good, wanted = isinstance(value, str), "a text in quotes"
+    elif isinstance(default, float):
+        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+        wanted = "a number above 0"
+    else:
+        least = _LEAST.get(key, 1)
+        good = isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 53
+        wanted = f"a whole number of at least {least}"
+    if not good:
+        raise InvalidArgumentError(
+            f"{where}: {key} = {value!r} is not {wanted}", fix="sizes are in bytes and times in seconds"
+        )
+
+
+def _section(name: str, values: object, where: str) -> Section:
+    cls = _SECTIONS[name]
+    if not isinstance(values, Mapping):
+        raise InvalidArgumentError(f"{where}: `{name}` is not a section", fix=f"write `[{name}]` and its keys below it")
+    defaults = asdict(cls())
+    for key, value in values.items():
+        if key not in defaults:
+            raise InvalidArgumentError(
+                f"{where}: [{name}] has no key `{key}`", fix=f"the keys are {', '.join(sorted(defaults))}"
+            )
+        _check_value(f"{where}: [{name}]", key, value, defaults[key])
+    return cls(**values)
+
+
+def parse(text: str, where: str = "the configuration") -> Policy:
+    """Return the policy that `text` (TOML) states; what it leaves out has its default.
+
+    Raises:
+        InvalidArgumentError: not TOML, an unknown section or key, a value out of range.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidArgumentError(f"{where} is not TOML: {error}", fix="see docs/agent.md for an example") from error
+    unknown = sorted(set(document) - set(_SECTIONS))
+    if unknown:
+        raise InvalidArgumentError(
+            f"{where} has no section `{unknown[0]}`", fix=f"the sections are {', '.join(sorted(_SECTIONS))}"
+        )
+    sections: dict[str, Any] = {name: _section(name, values, where) for name, values in document.items()}
+    return Policy(**sections)
+
+
+def load(path: Path | None) -> Policy:
+    """Read the configuration file; no path means the defaults."""
+    if path is None:
+        return Policy()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FailedPreconditionError(
+            f"the configuration file {path} does not exist", fix="leave --config out for the defaults"
+        ) from error
+    except PermissionError as error:
+        raise PermissionDeniedError(f"the configuration file {path} is not readable", fix=f"chmod +r {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(
+            f"the configuration file {path} is not readable text: {error}", fix="give a TOML file"
+        ) from error
+    return parse(text, str(path))

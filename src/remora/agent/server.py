@@ -1,0 +1,260 @@
+"""The agent with its sockets: listeners, connections with their identity, and which door a call goes to."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from remora.agent import identity as identities
+from remora.agent.attachments import Attachment, Attachments
+from remora.agent.core import Core
+from remora.agent.doors.control import ControlDoor
+from remora.agent.doors.native import NativeDoor
+from remora.agent.doors.vaccel import VaccelDoor
+from remora.agent.http import HttpServer
+from remora.agent.identity import Address, Identity
+from remora.agent.listeners import Listener, bind_tcp, bind_unix
+from remora.agent.logs import Log
+from remora.agent.models import CatalogueEntry
+from remora.agent.peers import Peer
+from remora.agent.policy import MIB, Policy
+from remora.errors import RemoraError, UnimplementedError
+from remora.reactor import Reactor
+from remora.wire import remora_v1, vaccel
+from remora.wire.ttrpc.calls import Call
+from remora.wire.ttrpc.reactor import ServerConnection
+from remora.workers.contract import Workers
+
+#: Anyone of this host may connect to the agent's own socket: each is a tenant by its user.
+_OPEN_MODE = 0o666
+_OWNER_MODE = 0o600
+_ATTACHMENT_SWEEP_S = 2.0
+#: Connections beyond the limit that are kept for a moment, so that they can be told why.
+_MAX_REFUSED = 64
+_REFUSED_S = 2.0
+_MAX_CONTROL = 256
+
+
+class Agent:
+    """A running agent. `listen` and `control` may be called before the reactor runs; `close` ends everything."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        state: Path,
+        policy: Policy,
+        workers: Workers,
+        catalogue: Mapping[str, CatalogueEntry],
+        log: Log,
+    ) -> None:
+        self._reactor = reactor
+        self._log = log
+        self._limits = policy.limits
+        reactor.on_error = self._on_error
+        self.core = Core(reactor, state, policy, workers, catalogue, log)
+        native, vaccel_door = NativeDoor(self.core), VaccelDoor(self.core)
+        self._doors: dict[str, Callable[[Peer, Call], None]] = {remora_v1.SERVICE: native.handle}
+        self._doors.update(dict.fromkeys(vaccel.SERVICES, vaccel_door.handle))
+        self._listeners: list[Listener] = []
+        self._addresses: list[str] = []
+        self._refused = 0
+        self._controllers: set[ServerConnection] = set()
+        self._http: HttpServer | None = None
+        self._http_path: Path | None = None
+        self.metrics_address = ""
+        self.attachments = Attachments(reactor, self.core.journal, self._attached_connection, self.core.end_identity)
+        self._gauges()
+        self._closed = False
+
+    # -- listening --------------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Serve the sandboxes that the last agent served."""
+        for sandbox, reason in self.attachments.recover():
+            self._log.info("sandbox gone", sandbox=sandbox, reason=reason)
+        self._reactor.call_later(_ATTACHMENT_SWEEP_S, self._sweep_attachments)
+
+    def listen(self, address: Address) -> str:
+        """Serve callers on a Unix socket or a loopback port; return the address with the port that was given."""
+        if address.path is not None:
+            sock = bind_unix(address.path, _OPEN_MODE)
+            self._listeners.append(Listener(self._reactor, sock, self._unix_connection, address.path))
+            text = address.text
+        else:
+            listener = Listener(
+                self._reactor, bind_tcp(address), lambda connection: self._connection(connection, identities.TCP)
+            )
+            self._listeners.append(listener)
+            text = f"tcp://{address.host}:{listener.port}"
+        self._addresses.append(text)
+        return text
+
+    def listen_control(self, path: Path) -> None:
+        """Serve the host's own side on an owner-only socket."""
+        door = ControlDoor(self.core, self.attachments, lambda: list(self._addresses), self.metrics_address)
+        self._listeners.append(
+            Listener(
+                self._reactor,
+                bind_unix(path, _OWNER_MODE),
+                lambda connection: self._control_connection(connection, door),
+                path,
+            )
+        )
+
+    def listen_metrics(self, address: Address) -> None:
+        """Serve /metrics and /healthz."""
+        sock = bind_unix(address.path, _OWNER_MODE) if address.path is not None else bind_tcp(address)
+        pages = {"/metrics": self._metrics_page, "/healthz": self._health_page}
+        self._http = HttpServer(self._reactor, sock, pages)
+        self._http_path = address.path
+        if address.path is None:
+            self.metrics_address = f"tcp://{address.host}:{sock.getsockname()[1]}"
+        else:
+            self.metrics_address = address.text
+
+    # -- connections ------------------------------------------------------------------------------------------------
+
+    def _unix_connection(self, sock: socket.socket) -> None:
+        self._connection(sock, identities.of_unix_peer(sock))
+
+    def _attached_connection(self, attachment: Attachment, sock: socket.socket) -> None:
+        self._connection(sock, attachment.identity, attachment)
+
+    def _connection(self, sock: socket.socket, identity: Identity, attachment: Attachment | None = None) -> None:
+        peers, limits = self.core.peers, self._limits
+        try:
+            peers.check_room(identity.tenant)
+        except RemoraError as error:
+            self._refuse(sock, identity, error)
+            return
+        peer = peers.join(identity)
+        peer.connection = ServerConnection(
+            self._reactor,
+            sock,
+            partial(self._call, peer, attachment),
+            max_message_bytes=limits.message_bytes,
+            allocate=partial(peers.allocate, identity.tenant),
+            on_close=lambda _connection: peers.leave(peer),
+            max_in_flight=limits.in_flight_per_connection,
+            max_out_bytes=limits.out_bytes_per_connection,
+            frame_timeout_s=limits.frame_timeout_s,
+            send_timeout_s=limits.frame_timeout_s,
+        )
+
+    def _call(self, peer: Peer, attachment: Attachment | None, call: Call) -> None:
+        peer.requests += 1
+        peer.active_s = self._reactor.now_s()
+        if attachment is not None:
+            attachment.requests += 1
+        door = self._doors.get(call.service)
+        if door is None:
+            error = UnimplementedError(
+                f"the agent has no service {call.service[:100]!r}", fix=f"it has {', '.join(self._doors)}"
+            )
+            self.core.refused("none", "unknown", peer, error)
+            raise error
+        door(peer, call)
+
+    def _refuse(self, sock: socket.socket, identity: Identity, error: RemoraError) -> None:
+        """Tell a connection that is too many why it is, if it asks within a moment; then close it."""
+        self.core.refused("none", "connect", Peer(identity, 0.0), error)
+        if self._refused >= _MAX_REFUSED:
+            sock.close()
+            return
+        self._refused += 1
+
+        def answer(call: Call) -> None:
+            call.fail(error)
+            self._reactor.call_soon(connection.close)
+
+        def closed(_connection: ServerConnection) -> None:
+            self._refused -= 1
+
+        connection = ServerConnection(self._reactor, sock, answer, on_close=closed, max_message_bytes=4096)
+        self._reactor.call_later(_REFUSED_S, connection.close)
+
+    def _control_connection(self, sock: socket.socket, door: ControlDoor) -> None:
+        uid = identities.peer_uid(sock)
+        if uid not in (0, os.geteuid()) or len(self._controllers) >= _MAX_CONTROL:
+            self._log.info("control connection refused", uid=uid, connections=len(self._controllers))
+            sock.close()
+            return
+        connection = ServerConnection(
+            self._reactor, sock, door.handle, max_message_bytes=MIB, on_close=self._controllers.discard
+        )
+        self._controllers.add(connection)
+
+    # -- seeing it --------------------------------------------------------------------------------------------------
+
+    def _metrics_page(self) -> tuple[int, str, bytes]:
+        return 200, "text/plain; version=0.0.4; charset=utf-8", self.core.metrics.exposition()
+
+    def _health_page(self) -> tuple[int, str, bytes]:
+        return 200, "text/plain; charset=utf-8", b"ok\n"
+
+    def _gauges(self) -> None:
+        core, gauge = self.core, self.core.metrics.gauge
+        gauge("remora_sessions", "Sessions.", ("tenant",), lambda: _counts(core.sessions.per_tenant))
+        gauge("remora_connections", "Connections of callers.", ("tenant",), lambda: _counts(core.peers.per_tenant))
+        gauge("remora_queued", "Requests that wait.", ("tenant",), lambda: _counts(core.scheduler.waiting))
+        gauge("remora_attachments", "Attached sandboxes.", (), lambda: [((), float(len(self.attachments)))])
+        gauge("remora_store_bytes", "Bytes stored.", (), lambda: [((), float(max(0, core.store.bytes_stored)))])
+        gauge("remora_log_lines_dropped", "Log lines lost.", (), lambda: [((), float(self._log.dropped))])
+        gauge("remora_in_flight_bytes", "Request bytes held.", ("tenant",), lambda: _counts(core.peers.in_flight_bytes))
+        gauge(
+            "remora_worker_busy",
+            "Jobs that a worker runs.",
+            ("worker", "domain", "backend", "device"),
+            lambda: [((w.id, w.domain, w.backend, w.device), float(w.busy)) for w in core.workers.workers()],
+        )
+        gauge(
+            "remora_worker_restarts",
+            "Times a worker was started again.",
+            ("worker", "domain"),
+            lambda: [((w.id, w.domain), float(w.restarts)) for w in core.workers.workers()],
+        )
+        gauge(
+            "remora_worker_memory_bytes",
+            "Memory of a worker.",
+            ("worker", "domain"),
+            lambda: [((w.id, w.domain), float(w.memory_bytes)) for w in core.workers.workers()],
+        )
+
+    def _on_error(self, error: BaseException) -> None:
+        """A fault of our own: one line with its trace; the loop goes on."""
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-8))
+        self._log.error("internal error", error=f"{type(error).__name__}: {error}", trace=trace[-1800:])
+
+    def _sweep_attachments(self) -> None:
+        if self._closed:
+            return
+        self._reactor.call_later(_ATTACHMENT_SWEEP_S, self._sweep_attachments)
+        for sandbox in self.attachments.sweep():
+            self._log.info("sandbox gone", sandbox=sandbox, reason="its directory has vanished")
+
+    def close(self) -> None:
+        """Stop listening, close all connections, end the workers. Sessions and attachments stay written down."""
+        if self._closed:
+            return
+        self._closed = True
+        for listener in self._listeners:
+            listener.close()
+        self.attachments.close()
+        if self._http is not None:
+            self._http.close()
+            if self._http_path is not None:
+                self._http_path.unlink(missing_ok=True)
+        for connection in list(self._controllers):
+            connection.close()
+        for peer in list(self.core.peers):
+            if peer.connection is not None:
+                peer.connection.close()
+        self.core.close()
+
+
+def _counts(table: Mapping[str, int]) -> Sequence[tuple[tuple[str, ...], float]]:
+    return [((key,), float(value)) for key, value in table.items()]

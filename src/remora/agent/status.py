@@ -1,0 +1,85 @@
+"""Asking a running agent how it is, through its control socket, and showing the answer."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+from remora.errors import PermissionDeniedError, UnavailableError
+from remora.wire import control_v1 as v1
+from remora.wire.ttrpc.sync import Client
+
+_TIMEOUT_S = 10.0
+
+
+def ask(control: Path) -> v1.StatusResponse:
+    """
+    Raises:
+        UnavailableError: no agent answers there.
+        PermissionDeniedError: it belongs to another user.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(str(control))
+    except PermissionError as error:
+        sock.close()
+        raise PermissionDeniedError(
+            f"the control socket {control} belongs to another user", fix="ask as the agent's user or as root"
+        ) from error
+    except OSError as error:
+        sock.close()
+        raise UnavailableError(
+            f"no agent answers at {control}: {error.strerror or error}",
+            fix="start one with `remora agent`, or give its --control PATH",
+        ) from error
+    with Client(sock) as client:
+        answer: v1.StatusResponse = client.call(
+            v1.SERVICE, "Status", v1.Empty(), v1.StatusResponse, timeout_s=_TIMEOUT_S
+        )
+    return answer
+
+
+def as_dict(answer: v1.StatusResponse) -> dict[str, Any]:
+    """Return the answer as JSON has it."""
+    workers = [
+        {
+            "id": worker.id,
+            "pid": worker.pid,
+            "domain": worker.domain,
+            "backend": worker.backend,
+            "models": list(worker.models),
+            "busy": worker.busy,
+            "restarts": worker.restarts,
+            "device": worker.device,
+        }
+        for worker in answer.workers
+    ]
+    return {
+        "version": answer.version,
+        "pid": answer.pid,
+        "uptime_s": round(answer.uptime_s, 3),
+        "listeners": list(answer.listeners),
+        "sessions": answer.sessions,
+        "connections": answer.connections,
+        "store_bytes": answer.store_bytes,
+        "metrics_address": answer.metrics_address,
+        "workers": workers,
+    }
+
+
+def as_lines(answer: v1.StatusResponse) -> list[str]:
+    """Return the answer for people."""
+    lines = [
+        f"remora agent {answer.version}, pid {answer.pid}, up {answer.uptime_s:.0f} s",
+        f"listens on   {', '.join(answer.listeners) or 'nothing but attached sandboxes'}",
+        f"metrics      {answer.metrics_address or 'off'}",
+        f"sessions     {answer.sessions}, connections {answer.connections}, store {answer.store_bytes / 1e6:.1f} MB",
+    ]
+    for worker in answer.workers:
+        models = ", ".join(worker.models) or "no model"
+        lines.append(
+            f"worker       {worker.id}: pid {worker.pid}, {worker.domain}, {worker.backend} on {worker.device}, "
+            f"{models}, {'busy' if worker.busy else 'idle'}, {worker.restarts} restarts"
+        )
+    return lines

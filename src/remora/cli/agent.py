@@ -1,0 +1,79 @@
+"""`remora agent`: run the node agent, or ask a running one how it is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from remora import paths
+
+NAME = "agent"
+HELP = "run the node agent, or ask for its status"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", nargs="?", choices=("serve", "status"), default="serve", help="serve (the default), or show status"
+    )
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="ADDRESS",
+        help="unix:///path or tcp://127.0.0.1:port; may be given several times "
+        f"(default: unix://{paths.agent_socket()})",
+    )
+    parser.add_argument(
+        "--state", type=Path, metavar="DIR", help=f"what survives a restart (default: {paths.state_dir() / 'agent'})"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="limits, in TOML (docs/agent.md)")
+    parser.add_argument(
+        "--models", type=Path, metavar="DIR", help=f"the catalogue (default: {paths.state_dir() / 'models'})"
+    )
+    parser.add_argument(
+        "--control", type=Path, metavar="PATH", help=f"owner-only socket (default: {paths.control_socket()})"
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDRESS",
+        help="where /metrics and /healthz are served: unix:///path, tcp://127.0.0.1:port or 127.0.0.1:port "
+        f"(default: unix://{paths.runtime_dir() / 'metrics.sock'})",
+    )
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the lines on stderr")
+    parser.add_argument("--ready-fd", type=int, metavar="N", help="write a line to this descriptor when listening")
+    parser.add_argument("--json", action="store_true", help="status: as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    control = (args.control or paths.control_socket()).absolute()
+    return _status(control, as_json=args.json) if args.action == "status" else _serve(args, control)
+
+
+def _serve(args: argparse.Namespace, control: Path) -> int:
+    from remora.agent import main, policy
+    from remora.agent.identity import parse_address
+    from remora.catalog import load_catalog
+    from remora.workers.pool import WorkerPool
+
+    metrics = args.metrics or f"unix://{paths.runtime_dir() / 'metrics.sock'}"
+    if "://" not in metrics and not metrics.startswith("/"):
+        metrics = f"tcp://{metrics}"
+    options = main.Options(
+        listen=[parse_address(text) for text in args.listen or [f"unix://{paths.agent_socket()}"]],
+        state=(args.state or paths.state_dir() / "agent").absolute(),
+        policy=policy.load(args.config),
+        control=control,
+        metrics=parse_address(metrics),
+        json_log=args.log_format == "json",
+        ready_fd=args.ready_fd,
+    )
+    return main.run(options, load_catalog(args.models), WorkerPool)
+
+
+def _status(control: Path, *, as_json: bool) -> int:
+    import json
+
+    from remora.agent.status import as_dict, as_lines, ask
+
+    answer = ask(control)
+    print(json.dumps(as_dict(answer), indent=2) if as_json else "\n".join(as_lines(answer)))
+    return 0
