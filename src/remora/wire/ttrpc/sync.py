@@ -92,16 +92,20 @@ class Client:
             RemoraError: the server's answer, by its code.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._sending:
-            stream = self._streams.open()
-            try:
-                self._send(
-                    request_frame(stream.id, service, method, request, timeout_s=timeout_s, metadata=metadata),
-                    deadline_s,
-                )
-            except BaseException:
-                self._streams.forget(stream)
-                raise
+        try:
+            with self._sending:
+                stream = self._streams.open()
+                try:
+                    self._send(
+                        request_frame(stream.id, service, method, request, timeout_s=timeout_s, metadata=metadata),
+                        deadline_s,
+                    )
+                except BaseException:
+                    self._streams.forget(stream)
+                    raise
+        finally:
+            if self._streams.closed is not None:
+                self._close_socket()
         payload = self._take(stream, deadline_s)
         if payload is None:
             raise ProtocolError(f"{service}/{method}: the server ended the call without an answer")
@@ -122,21 +126,26 @@ class Client:
         """Begin a streaming call. `request` is the first message; None if all messages come by `Stream.send`."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         flags = stream_flags(client_streaming, request is not None)
-        with self._sending:
-            state = self._streams.open(server_streaming=server_streaming, client_streaming=client_streaming)
-            try:
-                frame = request_frame(
-                    state.id, service, method, request, flags=flags, timeout_s=timeout_s, metadata=metadata
-                )
-                self._send(frame, deadline_s)
-            except BaseException:
-                self._streams.forget(state)
-                raise
+        try:
+            with self._sending:
+                state = self._streams.open(server_streaming=server_streaming, client_streaming=client_streaming)
+                try:
+                    frame = request_frame(
+                        state.id, service, method, request, flags=flags, timeout_s=timeout_s, metadata=metadata
+                    )
+                    self._send(frame, deadline_s)
+                except BaseException:
+                    self._streams.forget(state)
+                    raise
+        finally:
+            if self._streams.closed is not None:
+                self._close_socket()
         return Stream(self, state, response_cls, deadline_s)
 
     def close(self) -> None:
         """Close the connection; every waiting call gets an UnavailableError."""
         self._lost(UnavailableError("the connection was closed at this end"))
+        self._close_socket()
 
     def __enter__(self) -> Client:
         return self
@@ -213,6 +222,8 @@ class Client:
                     reading.release()
                     if self._sleepers:
                         self._promote()
+                    if self._streams.closed is not None:
+                        self._close_socket()
             else:
                 self._sleep(stream, deadline_s)
         return stream.take()
@@ -274,16 +285,27 @@ class Client:
             self._lost(error)
 
     def _lost(self, error: RemoraError) -> RemoraError:
-        """End everything; return the error that ended it, which may be an earlier one."""
+        """End everything; return the error that ended it, which may be an earlier one.
+
+        Whoever calls this calls `_close_socket` when it holds neither lock.
+        """
         if self._streams.closed is None:
             self._streams.fail(error)
             try:
-                self._sock.shutdown(socket.SHUT_RDWR)  # wakes a leader that is blocked in recv
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes whoever is blocked in recv or poll
             except OSError:
                 pass  # not connected any more
-            self._sock.close()
         closed = self._streams.closed
         return error if closed is None else closed
+
+    def _close_socket(self) -> None:
+        """Close the descriptor when no thread can be about to use its number.
+
+        The system gives the number to the next socket at once: a thread between asking for it and polling it would wait
+        on, or send to, somebody else's connection. After `_lost` nobody holds a lock for long.
+        """
+        with self._reading, self._sending:
+            self._sock.close()
 
 
 class Stream(Generic[M]):
@@ -331,12 +353,16 @@ class Stream(Generic[M]):
 
     def _transmit(self, message: Optional[Body], flags: int) -> None:
         client, state = self._client, self._state
-        with client._sending:
-            if state.error is not None:
-                raise state.error
-            if not state.client_open:
-                raise ProtocolError(f"stream {state.id} is closed for sending")
-            client._send(data_frame(state.id, message, flags), self._deadline_s)
+        try:
+            with client._sending:
+                if state.error is not None:
+                    raise state.error
+                if not state.client_open:
+                    raise ProtocolError(f"stream {state.id} is closed for sending")
+                client._send(data_frame(state.id, message, flags), self._deadline_s)
+        finally:
+            if client._streams.closed is not None:
+                client._close_socket()
 
 
 def _wake(lock: Any) -> bool:
