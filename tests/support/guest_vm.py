@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from remora.guest.channel import Channel, Stream
+from remora.guest.forwarder import ACCELERATOR_PORT
 from remora.guest.kernel import CHANNEL_PORT_NAME, OS_DISK_SERIAL, host_tsc_khz, kernel_arguments
 from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.images.guest_os import GuestImage
@@ -27,7 +28,7 @@ from remora.wire.protobuf import Message
 from remora.wire.ttrpc.sync import Client
 
 #: A cold boot takes 2-3 s on an idle machine; the bound is for a busy one.
-BOOT_TIMEOUT_S = 12.0
+BOOT_TIMEOUT_S = 60.0
 
 
 class HostEnd:
@@ -38,7 +39,8 @@ class HostEnd:
         self._reactor = Reactor()
         self._on_accelerator = on_accelerator
         self._pumps: list[FromDescriptor | ToDescriptor] = []
-        self._channel = Channel(self._reactor, sock.fileno(), self._accept, initiator=True)
+        services = {ACCELERATOR_PORT: self._accept} if on_accelerator is not None else {}
+        self._channel = Channel(self._reactor, sock.fileno(), services, initiator=True)
         self._thread = threading.Thread(target=self._reactor.run, name="host end of the channel")
         self._thread.start()
 
@@ -53,7 +55,12 @@ class HostEnd:
 
         def start() -> None:
             stream = self._channel.open(port)
-            stream.on_accepted = lambda: (self._carry(stream, theirs), answer.put(True))[0]
+
+            def accepted() -> None:
+                self._carry(stream, theirs)
+                answer.put(True)
+
+            stream.on_accepted = accepted
             stream.on_reset = lambda: answer.put(False)
 
         self._reactor.post(start)
@@ -71,13 +78,11 @@ class HostEnd:
         self._reactor.close()
         self._sock.close()
 
-    def _accept(self, stream: Stream) -> bool:
-        if self._on_accelerator is None:
-            return False
+    def _accept(self, stream: Stream) -> None:
+        assert self._on_accelerator is not None
         ours, theirs = socket.socketpair()
         self._carry(stream, theirs)
         self._on_accelerator(ours)
-        return True
 
     def _carry(self, stream: Stream, theirs: socket.socket) -> None:
         writer = theirs.dup()
@@ -92,7 +97,8 @@ class HostEnd:
 
         def cut() -> None:
             up.close()
-            down_done() if writer.fileno() >= 0 else None
+            if writer.fileno() >= 0:
+                down_done()
 
         down = ToDescriptor(self._reactor, os.dup(theirs.fileno()), down_done)
         up = FromDescriptor(self._reactor, theirs.detach())

@@ -13,13 +13,25 @@ import os
 import select
 import time
 
-from remora.wire.mux import Accepted, Data, HalfClosed, Mux, Opened, PeerRestarted, Rejected, Reset, Writable
+from remora.errors import ProtocolError
+from remora.wire.mux import (
+    Accepted,
+    Data,
+    HalfClosed,
+    Mux,
+    Opened,
+    PeerRestarted,
+    Rejected,
+    Reset,
+    Writable,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Callable, Dict
+    from typing import Any, Callable, Dict, Mapping, Type
 
     from remora.reactor import Reactor
+    from remora.wire.mux import Event
 
 _PORTS = "/sys/class/virtio-ports"
 #: The driver gives out at most a page per read; so many reads are fed to the mux at once.
@@ -31,13 +43,27 @@ _RETRY_S = 0.1
 class Stream:
     """One stream. The callbacks may be set at any time before data can come; data is valid only during `on_data`."""
 
-    __slots__ = ("_channel", "number", "port", "on_data", "on_eof", "on_reset", "on_writable", "on_accepted", "open")
+    __slots__ = (
+        "_channel",
+        "number",
+        "port",
+        "on_data",
+        "on_eof",
+        "on_reset",
+        "on_writable",
+        "on_accepted",
+        "open",
+        "sending",
+        "receiving",
+    )
 
     def __init__(self, channel: Channel, number: int, port: int) -> None:
         self._channel = channel
         self.number = number
         self.port = port
         self.open = True
+        self.sending = True
+        self.receiving = True
         self.on_data: Callable[[memoryview], None] = self._credit_and_drop
         self.on_eof: Callable[[], None] = _nothing
         self.on_reset: Callable[[], None] = _nothing
@@ -54,9 +80,10 @@ class Stream:
         if self.open:
             self._channel.close_write(self)
 
-    def reset(self, reason: str = "") -> None:
+    def reset(self) -> None:
+        """End both directions now; `on_reset` is not called."""
         if self.open:
-            self._channel.reset(self, reason)
+            self._channel.reset(self)
 
     def consumed(self, count: int) -> None:
         if self.open and count:
@@ -99,7 +126,7 @@ class Channel:
 
     Args:
         fd: The port, or in tests a socket.
-        accept: called with each stream the host opens; returns False to reject it.
+        services: by port, called with each stream that the peer opens to it; other ports are rejected.
         on_restart: called when another host, or the same one anew, is at the other end.
         initiator: the host's end, in tests.
     """
@@ -108,7 +135,7 @@ class Channel:
         self,
         reactor: Reactor,
         fd: int,
-        accept: Callable[[Stream], bool],
+        services: Mapping[int, Callable[[Stream], None]],
         on_restart: Callable[[], None] = _nothing,
         *,
         initiator: bool = False,
@@ -116,13 +143,14 @@ class Channel:
         os.set_blocking(fd, False)
         self._reactor = reactor
         self._fd = fd
-        self._accept = accept
+        self._services = services
         self._on_restart = on_restart
-        self._mux = Mux(initiator=initiator)
+        self._initiator = initiator
+        self._mux = Mux(initiator)
         self._streams: Dict[int, Stream] = {}
         self._buffer = bytearray(_READ_BYTES)
         self._view = memoryview(self._buffer)
-        self._out: bytes = b""
+        self._out = memoryview(b"")
         self._pumping = False
         self._again = False
         self._retrying = False
@@ -145,10 +173,12 @@ class Channel:
         return taken
 
     def close_write(self, stream: Stream) -> None:
+        stream.sending = False
         self._mux.close_write(stream.number)
+        self._forget_if_done(stream)
         self._soon()
 
-    def reset(self, stream: Stream, reason: str) -> None:
+    def reset(self, stream: Stream) -> None:
         self._forget(stream)
         self._mux.reset(stream.number)
         self._soon()
@@ -160,6 +190,10 @@ class Channel:
     def _forget(self, stream: Stream) -> None:
         stream.open = False
         self._streams.pop(stream.number, None)
+
+    def _forget_if_done(self, stream: Stream) -> None:
+        if not stream.sending and not stream.receiving:
+            self._forget(stream)
 
     # -- the port ---------------------------------------------------------------------------------------------------
 
@@ -201,7 +235,7 @@ class Channel:
     def _write(self) -> None:
         while True:
             if not self._out:
-                self._out = b"".join(self._mux.outgoing(_WRITE_BYTES))
+                self._out = memoryview(b"".join(self._mux.outgoing(_WRITE_BYTES)))
                 if not self._out:
                     return
             try:
@@ -225,44 +259,54 @@ class Channel:
     # -- events -----------------------------------------------------------------------------------------------------
 
     def _receive(self, data: memoryview) -> None:
-        for event in self._mux.receive(data):
+        try:
+            events = self._mux.receive(data)
+        except ProtocolError as error:
+            self._reactor.on_error(error)
+            self._start_anew()
+            return
+        for event in events:
             kind = type(event)
-            if kind is Data:
-                stream = self._streams.get(event.stream)
-                if stream is not None:
-                    stream.on_data(event.data)
-            elif kind is Writable:
-                stream = self._streams.get(event.stream)
-                if stream is not None:
-                    stream.on_writable()
-            elif kind is Opened:
-                self._opened(event.stream, event.port)
-            elif kind is Accepted:
-                self._streams[event.stream].on_accepted()
-            elif kind is HalfClosed:
-                stream = self._streams.get(event.stream)
-                if stream is not None:
-                    stream.on_eof()
-            elif kind is Reset or kind is Rejected:
-                stream = self._streams.get(event.stream)
-                if stream is not None:
-                    self._forget(stream)
-                    stream.on_reset()
+            if kind is Opened:
+                self._opened(event)
             elif kind is PeerRestarted:
-                self._peer_restarted()
+                self._on_restart()
+            else:
+                stream = self._streams.get(event.stream)
+                if stream is not None:
+                    self._on_stream(stream, kind, event)
 
-    def _opened(self, number: int, port: int) -> None:
-        stream = Stream(self, number, port)
-        self._streams[number] = stream
-        if self._accept(stream):
-            self._mux.accept(number)
-        else:
+    def _on_stream(self, stream: Stream, kind: Type[Event], event: Any) -> None:
+        if kind is Data:
+            stream.on_data(event.payload)
+        elif kind is Writable:
+            stream.on_writable()
+        elif kind is Accepted:
+            stream.on_accepted()
+        elif kind is HalfClosed:
+            stream.receiving = False
+            self._forget_if_done(stream)
+            stream.on_eof()
+        elif kind is Reset or kind is Rejected:
             self._forget(stream)
-            self._mux.reject(number, f"nothing in the guest listens on channel port {port}")
+            stream.on_reset()
 
-    def _peer_restarted(self) -> None:
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.open = False
+    def _opened(self, event: Any) -> None:
+        self._soon()
+        service = self._services.get(event.port)
+        if service is None:
+            self._mux.reject(event.stream)
+            return
+        stream = self._streams[event.stream] = Stream(self, event.stream, event.port)
+        self._mux.accept(event.stream)  # first: the service may have something to send at once
+        service(stream)
+
+    def _start_anew(self) -> None:
+        """The host has broken the rules: end everything, and meet whoever is there with a new epoch."""
+        self._mux = Mux(self._initiator, flush=True)
+        self._out = memoryview(b"")
+        for stream in list(self._streams.values()):
+            self._forget(stream)
             stream.on_reset()
         self._on_restart()
+        self._soon()

@@ -168,6 +168,7 @@ class Container:
             running.stdio.close()
             return start_error(command, log, status)
         running.pid = int(pid_text)
+        running.stdio.on_interrupt = lambda group, number: self._interrupted(running, group, number)
         kills = oom_kills()
 
         def ended(exit_status: int) -> None:
@@ -210,10 +211,10 @@ class Container:
             else:
                 _kill_if_there(pid, number)
 
-    def interrupt(self, running: Running) -> None:
-        """The terminal has just sent SIGINT: see that the container's first process obeys it by default."""
-        if running.name == MAIN and running.exit_status is None and running.pid:
-            self._kill(running, signal.SIGINT, sent=True)
+    def _interrupted(self, running: Running, group: int, number: int) -> None:
+        """The terminal has just sent a signal: see that the container's first process obeys it by default."""
+        if group == running.pid and running.name == MAIN and running.exit_status is None:
+            self._kill(running, number, sent=True)
 
     def kill_everything(self) -> None:
         try:

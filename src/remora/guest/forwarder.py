@@ -44,7 +44,7 @@ class Connection:
         if self._halves >= 0:
             self._halves = -1
             self._owner.discard(self)
-            self._stream.reset("the connection is closed")
+            self._stream.reset()
             self._up.close()
             self._down.close()
             self._sock.close()

@@ -36,16 +36,11 @@ class Guest:
         children = Children(reactor)
         self.container = Container(reactor, children, self._started)
         self._attaching = Attaching(self._find_stdio)
-        self.channel = Channel(reactor, port, self._accept, self._restarted)
+        services = {CONTROL_PORT: self._serve, STDIO_PORT: self._attaching.accept}
+        self.channel = Channel(reactor, port, services, self._restarted)
         self.ready = Ready(reactor, f"{shared}/guest.sock", template=template)
         self.forwarder = Forwarder(reactor, f"{shared}/accel.sock", self.channel)
         self.control = Control(reactor, self.container, self.ready, self.forwarder)
-
-    def _accept(self, stream: Stream) -> bool:
-        if stream.port == CONTROL_PORT:
-            self._serve(stream)
-            return True
-        return stream.port == STDIO_PORT and self._attaching.accept(stream)
 
     def _serve(self, stream: Stream) -> None:
         """ttrpc speaks to a socket: give it one, and carry its bytes."""
@@ -58,7 +53,7 @@ class Guest:
             """Either side is done: so is the connection, and closing our end tells ttrpc."""
             down.close()
             up.close()
-            stream.reset("the connection is closed")
+            stream.reset()
 
         down.attach(stream)
         up.attach(stream)

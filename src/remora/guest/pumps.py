@@ -52,7 +52,7 @@ class FromDescriptor:
     def attach(self, stream: Stream) -> None:
         """Send what comes from now on, and what is kept, to `stream`; the one attached before is closed."""
         if self._stream is not None:
-            self._stream.reset("another stream was attached")
+            self._stream.reset()
         self._stream = stream
         stream.on_writable = self._pump
         self._pump()
@@ -163,7 +163,7 @@ class ToDescriptor:
 
     def attach(self, stream: Stream) -> None:
         if self._stream is not None:
-            self._stream.reset("another stream was attached")
+            self._stream.reset()
             self.detach(self._stream)
         self._stream = stream
         stream.on_data = self.feed

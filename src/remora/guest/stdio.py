@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import struct
 import termios
 
@@ -28,6 +29,8 @@ _MAX_LINE_BYTES = 256
 _MAX_PARKED = 64
 #: Room for output nobody has taken yet; beyond it the process waits.
 _PIPE_BYTES = 256 * 1024
+#: Terminals take signals from these only, unless a program has chosen a printable one.
+_CONTROL_CHARACTERS = frozenset(range(32)) | {127}
 
 
 class Stdio:
@@ -40,6 +43,8 @@ class Stdio:
         self._outputs: Dict[str, FromDescriptor] = {}
         self._master = -1
         self._size = (0, 0)
+        #: Called with (process group, signal) after the terminal has sent it.
+        self.on_interrupt: Callable[[int, int], None] = _no_interrupt
         self._child: List[int] = []
         if terminal:
             self.for_child = (system.null(), system.null(), system.null())
@@ -80,6 +85,8 @@ class Stdio:
             return False
         if into is not None:
             into.attach(stream)
+            if name == "tty":
+                stream.on_data = lambda data: self._typed(into, data)
         if output is not None:
             output.attach(stream)
         stream.on_reset = lambda: self._detach(name, stream)
@@ -124,13 +131,16 @@ class Stdio:
             os.close(self._master)
             self._master = -1
 
-    def interrupt_character(self) -> Tuple[int, int]:
-        """Return (foreground process group, interrupt character) of the terminal; 0 if it makes no signals."""
+    def _typed(self, into: ToDescriptor, data: memoryview) -> None:
+        into.feed(data)
+        if self._master < 0 or not (_CONTROL_CHARACTERS & set(data)):
+            return
         attributes = termios.tcgetattr(self._master)
-        if not attributes[3] & termios.ISIG:
-            return 0, 0
-        group = struct.unpack("i", fcntl.ioctl(self._master, termios.TIOCGPGRP, bytes(4)))[0]
-        return group, attributes[6][termios.VINTR][0]
+        if attributes[3] & termios.ISIG:
+            group = struct.unpack("i", fcntl.ioctl(self._master, termios.TIOCGPGRP, bytes(4)))[0]
+            for index, number in ((termios.VINTR, signal.SIGINT), (termios.VQUIT, signal.SIGQUIT)):
+                if attributes[6][index] in bytes(data):
+                    self.on_interrupt(group, number)
 
     def close(self) -> None:
         self.child_has_them()
@@ -154,6 +164,10 @@ def _nothing() -> None:
     pass
 
 
+def _no_interrupt(_group: int, _number: int) -> None:
+    pass
+
+
 class Attaching:
     """Takes new streams of port 1025 to the process that their first line names."""
 
@@ -161,7 +175,7 @@ class Attaching:
         self._find = find
         self._parked: Dict[Tuple[str, str], Tuple[Stream, bytes, bool]] = {}
 
-    def accept(self, stream: Stream) -> bool:
+    def accept(self, stream: Stream) -> None:
         line = bytearray()
 
         def data(piece: memoryview) -> None:
@@ -169,18 +183,17 @@ class Attaching:
             head, newline, rest = bytes(line).partition(b"\n")
             if not newline:
                 if len(line) > _MAX_LINE_BYTES:
-                    stream.reset("the first line is too long")
+                    stream.reset()
                 return
             stream.consumed(len(head) + 1)
             process, _, name = head.decode(errors="replace").partition(" ")
             if name not in NAMES:
-                stream.reset(f"no stream is called {name!r}: stdin, stdout, stderr, tty")
+                stream.reset()
                 return
             self._take(process, name, stream, rest)
 
         stream.on_data = data
-        stream.on_eof = lambda: stream.reset("no first line")
-        return True
+        stream.on_eof = stream.reset
 
     def started(self, process: str, stdio: Stdio) -> None:
         """Connect the streams that came before the process."""
@@ -195,12 +208,12 @@ class Attaching:
             _connect(stdio, name, stream, rest, False)
             return
         if len(self._parked) >= _MAX_PARKED:
-            stream.reset("too many streams wait for a process to start")
+            stream.reset()
             return
         key = (process, name)
         before = self._parked.pop(key, None)
         if before is not None:
-            before[0].reset("another stream was attached")
+            before[0].reset()
         self._parked[key] = (stream, rest, False)
 
         def more(piece: memoryview) -> None:
@@ -217,7 +230,7 @@ class Attaching:
 
 def _connect(stdio: Stdio, name: str, stream: Stream, rest: bytes, ended: bool) -> None:
     if not stdio.attach(name, stream):
-        stream.reset(f"the process has no {name}")
+        stream.reset()
         return
     if rest:
         stream.on_data(memoryview(rest))
