@@ -1,4 +1,4 @@
-"""Connections that end at the worst moments, agents that restart and forget: the caller gets an answer, and only one."""
+"""Connections that end at the worst moments, agents that restart and forget: a caller gets an answer, and only one."""
 
 from __future__ import annotations
 
