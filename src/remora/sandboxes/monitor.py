@@ -1,0 +1,410 @@
+"""The process that owns one sandbox: its QEMU, its channel, its attachment to the agent, its directory.
+
+The main thread walks the sandbox through its life with plain blocking calls; it also starts QEMU, which therefore dies
+with it. A second thread runs the reactor: the channel's bridge, the console, the leash to the maker, requests from
+other commands, and the news that QEMU has ended. Whatever ends the sandbox calls `_abort`, which makes every blocking
+call of the main thread fail; the first reason given is the one that is reported.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from remora.errors import FailedPreconditionError, RemoraError, UnavailableError
+from remora.reactor import READ, Reactor
+from remora.sandboxes import leash
+from remora.sandboxes.agent_link import AgentLink
+from remora.sandboxes.clearing import process_start
+from remora.sandboxes.guest import MAIN, Guest, connect_when_up, identity, open_stream, process
+from remora.sandboxes.launch import Launch
+from remora.sandboxes.logfiles import CHUNK_BYTES, LogWriter
+from remora.sandboxes.registry import MONITOR_SOCKET, Record, write_state
+from remora.vmm.channel import Bridge
+from remora.vmm.contract import Machine
+from remora.vmm.qemu import QemuDriver
+
+QMP_TIMEOUT_S = 30.0
+RESTORE_TIMEOUT_S = 30.0
+#: How long a foreground maker may take to fetch the last output after `remora stop`.
+FAREWELL_S = 5.0
+
+
+class Monitor:
+    """One sandbox's life. Make it, then `run` it once."""
+
+    def __init__(self, launch: Launch, fields: dict[str, Any], leash_sock: socket.socket) -> None:
+        self._launch = launch
+        self._record = Record(launch.id, launch.directory, dict(fields))
+        self._leash = leash_sock
+        self._reactor = Reactor()
+        self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._reactor.run, name="reactor", daemon=True)
+        self._machine: Machine | None = None
+        self._bridge: Bridge | None = None
+        self._link: AgentLink | None = None
+        self._guest: Guest | None = None
+        self._listener: socket.socket | None = None
+        self._clients: set[socket.socket] = set()
+        self._logs_open = 0
+        self._logs_done = threading.Event()
+        self._released = False
+        self._ending = threading.Event()
+        self._why: RemoraError | None = None
+        self._stamps: dict[str, float] = {}
+        self._warning = ""
+
+    # -- the main thread: the sandbox's life ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Boot or restore, serve until something ends the sandbox, and leave nothing running."""
+        signal.signal(signal.SIGTERM, lambda _signum, _frame: self._abort(None))
+        try:
+            self._listen()
+            self._begin()
+            while not self._ending.is_set():
+                self._requests.get()()
+        except Exception as error:  # noqa: BLE001 - the last stop of everything: reported to the maker
+            self._report_failure(self._why or error)
+        finally:
+            self._end()
+
+    def _stamp(self, name: str) -> None:
+        self._stamps[name] = round((time.monotonic() - self._launch.began_s) * 1000, 2)
+
+    def _begin(self) -> None:
+        launch = self._launch
+        self._start_machine()
+        self._thread.start()
+        self._stamp("machine_started")
+        self._attach()
+        for last_try in (False, True):
+            try:
+                self._come_up(launch.boot_timeout_s * (2 if last_try else 1))
+                break
+            except UnavailableError:
+                # A guest under emulation may hang while it boots (guest clock, busy host): once more, with more time.
+                if last_try or launch.state_file is not None or self._ending.is_set() or not self._machine_runs():
+                    raise
+                self._replace_machine()
+        if launch.detached:
+            self._keep_logs()
+        self._update(state="running", stamps=self._stamps)
+        message = {"event": "started", "stamps": self._stamps, "warning": self._warning}
+        leash.send(self._leash, message)
+
+    def _come_up(self, timeout_s: float) -> None:
+        launch = self._launch
+        assert self._machine is not None
+        self._machine.connect(QMP_TIMEOUT_S)
+        who = identity(launch.id, launch.hostname)
+        if launch.state_file is not None:
+            state_fd = os.open(launch.state_file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._machine.restore(state_fd, RESTORE_TIMEOUT_S)
+            finally:
+                os.close(state_fd)
+            self._stamp("restored")
+            self._guest = Guest(launch.directory, timeout_s=timeout_s)
+            self._stamp("guest_up")
+            if launch.detached:
+                self._open_logs()
+            self._guest.resume(who)
+            self._stamp("resumed")
+            return
+        self._guest = connect_when_up(launch.directory, timeout_s)
+        self._stamp("guest_up")
+        self._guest.setup(who, launch.layers, launch.mounts, readonly_root=launch.readonly_root)
+        self._stamp("set_up")
+        if launch.process is not None:
+            self._guest.start(MAIN, process(launch.process))
+            self._stamp("process_started")
+            if launch.detached:
+                self._open_logs()
+
+    def _attach(self) -> None:
+        spec = self._launch.attach
+        if spec is None:
+            return
+        self._link = AgentLink(spec, self._launch.id, self._launch.directory)
+        try:
+            self._link.attach()
+            self._stamp("attached")
+        except RemoraError as error:
+            self._warning = str(error)
+
+    def _end(self) -> None:
+        """Stop everything that belongs to the sandbox. Its files are the keeper's business."""
+        self._ending.set()
+        if self._machine is not None:
+            self._machine.close()
+        if self._guest is not None:
+            self._guest.close()
+        if self._link is not None:
+            self._link.close(detach_sandbox=True, keep_sessions=bool(self._record.fields.get("saved")))
+            self._record.fields["control_socket"] = ""
+        if self._thread.is_alive():
+            self._reactor.stop()
+            self._thread.join()
+        if self._bridge is not None:
+            self._bridge.close()
+        if self._launch.detached:
+            self._update(state="exited", **({"error": str(self._why)} if self._why is not None else {}))
+        elif self._why is not None:
+            leash.send(self._leash, {"event": "gone", **leash.describe(self._why)})
+        for sock in (*self._clients, *([self._listener] if self._listener else [])):
+            sock.close()
+
+    def _report_failure(self, error: BaseException) -> None:
+        if not isinstance(error, (RemoraError, OSError)):
+            sys.excepthook(type(error), error, error.__traceback__)
+        self._why = error if isinstance(error, RemoraError) else leash.restore(leash.describe(error))
+        self._record.fields["exit_status"] = self._record.fields.get("exit_status", self._why.exit_status)
+        leash.send(self._leash, {"event": "failed", **leash.describe(self._why)})
+
+    def _update(self, **fields: Any) -> None:
+        self._record.fields.update(fields)
+        write_state(self._record)
+
+    # -- requests, run by the main thread ---------------------------------------------------------------------------
+
+    def _stop_main(self, time_s: float, signum: int) -> None:
+        """End the container's process: politely, then not; then end the sandbox."""
+        self._update(state="stopping")
+        assert self._guest is not None
+        try:
+            self._guest.signal(MAIN, signum)
+            try:
+                self._guest.wait(MAIN, time_s)
+            except RemoraError as error:
+                if isinstance(error, UnavailableError):
+                    raise
+                self._guest.signal(MAIN, signal.SIGKILL)
+        except RemoraError:
+            # The guest does not answer or has no such process: its machine is ended below.
+            self._abort(None)
+            return
+        # Whoever follows the process (the maker, or the log keeper here) now gets its status and ends the sandbox.
+        timer = threading.Timer(FAREWELL_S, lambda: self._abort(None))
+        timer.daemon = True
+        timer.start()
+
+    def _save(self, path: str) -> None:
+        """Write the machine's state, let the agent keep its sessions, and end."""
+        assert self._machine is not None
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+        try:
+            state_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                self._machine.save(state_fd, QMP_TIMEOUT_S)
+                os.fsync(state_fd)
+            finally:
+                os.close(state_fd)
+        except (OSError, RemoraError) as error:
+            self._report_failure(error)
+            self._ending.set()
+            return
+        self._update(saved=True)
+        leash.send(self._leash, {"event": "saved"})
+        self._ending.set()
+
+    # -- the machine ------------------------------------------------------------------------------------------------
+
+    def _start_machine(self) -> None:
+        channel, guest_end = socket.socketpair()
+        try:
+            machine = QemuDriver().start(self._launch.vm, channel_fd=guest_end.fileno(), keep_fds=self._launch.keep_fds)
+        except BaseException:
+            channel.close()
+            raise
+        finally:
+            guest_end.close()
+        self._machine = machine
+        self._record.fields.update(machine_pid=machine.pid, machine_started=process_start(machine.pid))
+        self._update(monitor_pid=os.getpid())
+        self._in_reactor(lambda: self._watch_machine(machine, channel))
+
+    def _watch_machine(self, machine: Machine, channel: socket.socket) -> None:
+        self._reactor.watch_pid(machine.pid, lambda: self._machine_ended(machine))
+        self._reactor.register(machine.console.fileno(), READ, lambda _events: self._read_console(machine))
+        self._bridge = Bridge(self._reactor, channel, self._launch.directory, on_end=self._channel_ended)
+
+    def _read_console(self, machine: Machine) -> None:
+        if not machine.read_console():
+            self._reactor.unregister(machine.console.fileno())
+
+    def _machine_runs(self) -> bool:
+        return self._machine is not None and self._machine.reap() is None
+
+    def _replace_machine(self) -> None:
+        old, bridge = self._machine, self._bridge
+        assert old is not None
+        assert bridge is not None
+        self._machine = None
+
+        def drop() -> None:
+            bridge.close()
+            self._reactor.unregister(old.console.fileno())
+            old.close()
+
+        self._in_reactor(drop)
+        self._start_machine()
+
+    def _in_reactor(self, call: Callable[[], None]) -> None:
+        """Have the reactor's thread make a call and wait for it; before that thread runs, make it here."""
+        if not self._thread.is_alive():
+            call()
+            return
+        done = threading.Event()
+
+        def wrapped() -> None:
+            try:
+                call()
+            finally:
+                done.set()
+
+        self._reactor.post(wrapped)
+        done.wait()
+
+    # -- the reactor's thread ---------------------------------------------------------------------------------------
+
+    def _abort(self, why: RemoraError | None) -> None:
+        """End the sandbox from any thread: the main thread's blocking calls fail and it goes on to `_end`."""
+        if self._why is None and not self._ending.is_set():
+            self._why = why
+        self._ending.set()
+        if self._machine is not None:
+            self._machine.kill()
+        self._reactor.post(self._close_bridge)
+        self._requests.put(lambda: None)
+
+    def _close_bridge(self) -> None:
+        if self._bridge is not None:
+            self._bridge.close()
+
+    def _machine_ended(self, machine: Machine) -> None:
+        ended = machine.reap()
+        if machine is not self._machine or ended is None:
+            return
+        last_words = ended.console.strip().splitlines()[-3:]
+        console = f"; its console ended with: {' | '.join(last_words)}" if last_words else ""
+        if ended.signal:
+            why: RemoraError = UnavailableError(
+                f"QEMU was killed by signal {ended.signal} ({signal.strsignal(ended.signal)})"
+            )
+        elif ended.status:
+            why = FailedPreconditionError(f"QEMU ended with status {ended.status}{console}")
+        else:
+            why = UnavailableError(f"the guest powered off by itself{console}")
+        self._abort(why)
+
+    def _channel_ended(self, error: RemoraError) -> None:
+        if isinstance(error, UnavailableError) and self._machine is not None:
+            # QEMU is going: its end says more than this.
+            self._reactor.call_later(1.0, lambda: self._abort(error))
+        else:
+            self._abort(error)
+
+    def _listen(self) -> None:
+        self._reactor.register(self._leash.fileno(), READ, lambda _events: self._on_leash())
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener = listener
+        listener.bind(str(self._launch.directory / MONITOR_SOCKET))
+        listener.listen(16)
+        self._reactor.register(listener.fileno(), READ, lambda _events: self._accept(listener))
+
+    def _accept(self, listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        self._clients.add(client)
+        self._reactor.register(client.fileno(), READ, lambda _events: self._on_client(client))
+
+    def _on_client(self, client: socket.socket) -> None:
+        message = leash.receive(client, None)
+        if message is None:
+            self._reactor.unregister(client.fileno())
+            self._clients.discard(client)
+            client.close()
+        else:
+            self._on_message(message)
+
+    def _on_leash(self) -> None:
+        message = leash.receive(self._leash, None)
+        if message is not None:
+            self._on_message(message)
+            return
+        self._reactor.unregister(self._leash.fileno())
+        if not self._released:
+            self._abort(None)
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        match message.get("do"):
+            case "release":
+                self._released = True
+            case "stop":
+                time_s, signum = float(message.get("time_s", 10)), int(message.get("signal", signal.SIGTERM))
+                self._requests.put(lambda: self._stop_main(time_s, signum))
+            case "kill":
+                self._abort(None)
+            case "save":
+                path = str(message["path"])
+                self._requests.put(lambda: self._save(path))
+            case other:
+                print(f"monitor: unknown request {other!r}", file=sys.stderr)
+
+    # -- output of a detached sandbox -------------------------------------------------------------------------------
+
+    def _open_logs(self) -> None:
+        terminal = self._launch.process is not None and self._launch.process.terminal
+        for stream, name in (("tty", "stdout"),) if terminal else (("stdout", "stdout"), ("stderr", "stderr")):
+            sock = open_stream(self._launch.directory, MAIN, stream)
+            sock.setblocking(False)
+            self._logs_open += 1
+            self._in_reactor(lambda sock=sock, name=name: self._follow(sock, name))  # type: ignore[misc]
+
+    def _follow(self, sock: socket.socket, name: str) -> None:
+        writer = LogWriter(self._launch.directory, name)
+
+        def ready(_events: int) -> None:
+            try:
+                data = sock.recv(CHUNK_BYTES)
+                if data:
+                    writer.write(data)
+                    return
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # The disk is full, or the guest is gone: the process is not made to wait for its log.
+                self._reactor.on_error(error)
+            self._reactor.unregister(sock.fileno())
+            sock.close()
+            writer.close()
+            self._logs_open -= 1
+            if not self._logs_open:
+                self._logs_done.set()
+
+        self._reactor.register(sock.fileno(), READ, ready)
+
+    def _keep_logs(self) -> None:
+        """Note how the process ends, and end the sandbox then."""
+
+        def wait() -> None:
+            try:
+                with Guest(self._launch.directory) as guest:
+                    ended = guest.wait(MAIN)
+                self._logs_done.wait(FAREWELL_S)
+                error = {"error": "the guest ran out of memory"} if ended.oom_killed else {}
+                self._requests.put(lambda: self._update(exit_status=ended.exit_status, **error))
+                self._requests.put(self._ending.set)
+            except RemoraError as error:
+                self._abort(error)
+
+        threading.Thread(target=wait, name="waiter", daemon=True).start()

@@ -1,0 +1,446 @@
+"""Templates: a function booted once, stopped at the moment it says `remora.ready()`, and started from there many times.
+
+    <state>/templates/<name>/spec.json   the virtual machine, and what it was made of
+                             ram         the guest's memory; clones map it copy-on-write, so it never changes
+                             state       CPU and devices, as QEMU saved them (50 KB)
+                             kernel, initrd, d00, d01, ...   hard links: a template needs no image any more
+                             lock        shared flock(2): a clone lives; exclusive: being removed
+
+A template appears under its name whole or not at all. QEMU restores a state only into the version that saved it, and an
+emulated guest keeps right time only on a host with the same TSC rate, so both are noted and compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from remora import paths
+from remora.errors import (
+    AlreadyExistsError,
+    DataLossError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    NotFoundError,
+    RemoraError,
+    ResourceExhaustedError,
+)
+from remora.sandboxes.launch import Launch
+from remora.sandboxes.options import Options, attachment
+from remora.sandboxes.processes import CHUNK_BYTES
+from remora.sandboxes.registry import Record, check_name
+from remora.vmm.contract import Disk, VmSpec
+from remora.vmm.qemu import QemuDriver
+from remora.vmm.tsc import host_tsc_khz
+
+if TYPE_CHECKING:
+    from remora.sandboxes.sandbox import Sandbox
+    from remora.sandboxes.spawner import Launcher
+
+SPEC_FILE = "spec.json"
+FORMAT = 1
+READY_TIMEOUT_S = 120.0
+SAVE_TIMEOUT_S = 60.0
+#: How much of a function's output is kept to explain why it did not get ready.
+TAIL_BYTES = 2000
+#: Rates within 100 ppm are one rate: the measurement is good to 10 ppm.
+_TSC_TOLERANCE = 1e-4
+_ABANDONED_S = 60.0
+_READY_FIX = "call remora.ready() once the function has loaded what it needs"
+
+
+class Stored(NamedTuple):
+    """A template, ready to be cloned; `lock_fd` keeps it from being removed."""
+
+    name: str
+    #: Sandbox id under which it was made: the parent of its clones' sessions.
+    sandbox: str
+    vm: VmSpec
+    state_file: Path
+    accelerator: bool
+    #: For the records of clones.
+    fields: dict[str, Any]
+    lock_fd: int
+
+
+class Listed(NamedTuple):
+    """A line of `remora template list`."""
+
+    name: str
+    image: str
+    memory_mib: int
+    created_s: float
+    size_bytes: int
+
+
+class Templates:
+    """The templates below one state directory."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self.root = state_dir / "templates"
+
+    def list(self) -> list[Listed]:
+        found = []
+        if self.root.is_dir():
+            for entry in sorted(os.scandir(self.root), key=lambda entry: entry.name):
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    if not entry.name.startswith("."):
+                        found.append(self._listed(entry.name))
+        return found
+
+    def _listed(self, name: str) -> Listed:
+        directory = self.root / name
+        spec = json.loads((directory / SPEC_FILE).read_text())
+        # Blocks and not lengths: the memory file is sparse.
+        size = sum((directory / file).stat().st_blocks * 512 for file in ("ram", "state"))
+        return Listed(name, spec["fields"]["image"], spec["vm"]["memory_mib"], spec["created_s"], size)
+
+    @contextlib.contextmanager
+    def use(self, name: str) -> Iterator[Stored]:
+        """Open a template for cloning.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            FailedPreconditionError: this host cannot restore it.
+        """
+        directory = self.root / name
+        try:
+            lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            known = ", ".join(listed.name for listed in self.list()) or "none yet"
+            raise NotFoundError(
+                f"no template is called '{name}'; there are: {known}", fix="make one: remora template create NAME IMAGE"
+            ) from None
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            yield self._read(name, lock_fd)
+        except BlockingIOError as error:
+            raise NotFoundError(f"the template {name} is being removed", fix="make it again") from error
+        finally:
+            os.close(lock_fd)
+
+    def _read(self, name: str, lock_fd: int) -> Stored:
+        directory = self.root / name
+        try:
+            spec = json.loads((directory / SPEC_FILE).read_text())
+            if spec["format"] != FORMAT:
+                raise FailedPreconditionError(
+                    f"the template {name} was made by another version of Remora", fix=_remake(name, spec)
+                )
+            vm = _vm_from_json(spec["vm"], directory)
+            stored = Stored(
+                name, spec["sandbox"], vm, directory / "state", spec["accelerator"], spec["fields"], lock_fd
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataLossError(
+                f"the template {name} is damaged: {error}",
+                fix=f"remove it and make it again: remora template remove {name}",
+            ) from error
+        version = qemu_version(self._state_dir)
+        if spec["qemu"] != version:
+            raise FailedPreconditionError(
+                f"the template {name} was saved by QEMU {spec['qemu']} and this host has QEMU {version}",
+                fix=_remake(name, spec),
+            )
+        if spec["tsc_khz"]:
+            here = host_tsc_khz(self._state_dir / "host")
+            if abs(here - spec["tsc_khz"]) > here * _TSC_TOLERANCE:
+                raise FailedPreconditionError(
+                    f"the template {name} was made on a host with a {spec['tsc_khz']} kHz TSC and this one has {here} "
+                    "kHz: its clock would run wrong",
+                    fix=_remake(name, spec),
+                )
+        return stored
+
+    def create(
+        self,
+        name: str,
+        options: Options,
+        *,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        launcher: Launcher | None = None,
+        on_output: Callable[[bytes], None] | None = None,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> Listed:
+        """Boot the image, wait until its function is ready, and save it under `name`.
+
+        Args:
+            on_output: gets what the function writes until it is ready.
+
+        Raises:
+            AlreadyExistsError: the name is taken.
+            FailedPreconditionError: the function ended, or was not ready in time; the message has its last output.
+            ResourceExhaustedError: the disk is full.
+        """
+        from remora.sandboxes.prepare import prepared
+        from remora.sandboxes.sandbox import Sandbox
+
+        check_name(name)
+        self._check_free(name)
+        began_s = time.monotonic()
+        with (
+            self._draft() as draft,
+            prepared(options, state_dir=self._state_dir, template=True, progress=progress) as ready,
+        ):
+            try:
+                vm = _with_own_files(ready.vm, draft)._replace(ram_file=draft / "ram")
+            except OSError as error:
+                raise ResourceExhaustedError(
+                    f"the template does not fit: {error.strerror}", fix=f"free some space in {self.root}"
+                ) from error
+            sandbox_id = ""
+
+            def make(record: Record) -> Launch:
+                nonlocal sandbox_id
+                sandbox_id = record.id
+                return Launch(
+                    id=record.id,
+                    directory=record.directory,
+                    hostname=options.hostname or name,
+                    vm=vm,
+                    layers=ready.layers,
+                    mounts=ready.mounts,
+                    readonly_root=options.readonly_root,
+                    process=ready.process,
+                    attach=attachment(options, template=True),
+                    boot_timeout_s=options.boot_timeout_s,
+                    began_s=began_s,
+                    keep_fds=ready.keep_fds,
+                )
+
+            fields = {
+                "image": ready.image,
+                "command": list(ready.process.args),
+                "accelerator": vm.accelerator,
+                "env": list(ready.process.env),
+                "cwd": ready.process.cwd,
+                "user": ready.process.user,
+                "terminal": False,
+                "cpus": options.cpus,
+                "memory_mib": options.memory_mib,
+            }
+            with Sandbox.start(options, make, {**fields, "template_of": name}, launcher=launcher) as sandbox:
+                _until_ready(sandbox, ready_timeout_s, on_output)
+                sandbox.guest.sync()
+                sandbox.save(draft / "state", SAVE_TIMEOUT_S)
+            spec = {
+                "format": FORMAT,
+                "sandbox": sandbox_id,
+                "vm": _vm_to_json(vm._replace(ram_private=True, incoming=True)),
+                "qemu": qemu_version(self._state_dir),
+                "tsc_khz": host_tsc_khz(self._state_dir / "host") if vm.accelerator == "tcg" else 0,
+                "accelerator": options.accelerator,
+                "created_s": time.time(),
+                "fields": fields,
+            }
+            (draft / SPEC_FILE).write_text(json.dumps(spec, indent=1))
+            self._check_free(name)
+            try:
+                draft.rename(self.root / name)
+            except OSError as error:
+                raise _taken(name) from error
+        return self._listed(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a template, and the sessions that the agent keeps for its clones.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            FailedPreconditionError: clones of it run.
+        """
+        directory = self.root / name
+        if name.startswith(".") or not directory.is_dir():
+            raise NotFoundError(f"no template is called '{name}'", fix="`remora template list` shows them")
+        sandbox = ""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            sandbox = json.loads((directory / SPEC_FILE).read_text())["sandbox"]
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                gone = self.root / f".gone-{secrets.token_hex(6)}"
+                directory.rename(gone)
+            except BlockingIOError as error:
+                raise FailedPreconditionError(
+                    f"clones of the template {name} still run", fix="stop them first: `remora ps` shows them"
+                ) from error
+            finally:
+                os.close(fd)
+            shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        if sandbox and paths.control_socket().exists():
+            from remora.sandboxes.agent_link import detach
+
+            # No agent, no sessions.
+            with contextlib.suppress(RemoraError):
+                detach(paths.control_socket(), sandbox)
+
+    def sweep(self) -> None:
+        """Remove what a killed `create` or `remove` has left."""
+        if not self.root.is_dir():
+            return
+        for entry in list(os.scandir(self.root)):
+            if not entry.name.startswith("."):
+                continue
+            try:
+                fd = os.open(Path(entry.path) / "lock", os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                # Not locked yet, or half removed: only what is old is nobody's.
+                with contextlib.suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > _ABANDONED_S:
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(entry.path, ignore_errors=True)
+            except BlockingIOError:
+                continue  # somebody is at work in it
+            finally:
+                os.close(fd)
+
+    def _check_free(self, name: str) -> None:
+        if (self.root / name).exists():
+            raise _taken(name)
+
+    @contextlib.contextmanager
+    def _draft(self) -> Iterator[Path]:
+        """Make a directory that is removed again unless it was renamed."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = self.root / f".new-{secrets.token_hex(6)}"
+        draft.mkdir(mode=0o700)
+        fd = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            os.close(fd)
+
+
+def _taken(name: str) -> AlreadyExistsError:
+    return AlreadyExistsError(
+        f"a template is called '{name}' already", fix=f"remove it first: remora template remove {name}"
+    )
+
+
+def _remake(name: str, spec: dict[str, Any]) -> str:
+    image = spec.get("fields", {}).get("image", "IMAGE")
+    return f"make it again: remora template remove {name} && remora template create {name} {image}"
+
+
+def qemu_version(state_dir: Path) -> str:
+    """Return the version of the installed QEMU; asked again when its file changes (asking costs 40 ms)."""
+    from remora.vmm.qemu import find_binary
+
+    binary = find_binary()
+    info = os.stat(binary)
+    stamp = f"{info.st_mtime_ns}-{info.st_size}-{info.st_ino}"
+    note = state_dir / "host" / "qemu-version.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        kept = json.loads(note.read_text())
+        if kept["stamp"] == stamp:
+            return str(kept["version"])
+    version = QemuDriver(binary).version
+    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = note.with_name(f".{note.name}.{os.getpid()}")
+    draft.write_text(json.dumps({"stamp": stamp, "version": version}))
+    draft.replace(note)
+    return version
+
+
+def _with_own_files(vm: VmSpec, directory: Path) -> VmSpec:
+    """Give the template its own links to every file that the machine reads."""
+
+    def own(path: Path, name: str) -> Path:
+        target = directory / name
+        try:
+            if str(path).startswith("/proc/"):
+                raise OSError("a file without a name cannot be linked")
+            os.link(path, target)
+        except OSError:
+            # Another file system, or a packed directory that has no name.
+            shutil.copyfile(path, target)
+        return target
+
+    return vm._replace(
+        kernel=own(vm.kernel, "kernel"),
+        initrd=own(vm.initrd, "initrd"),
+        disks=tuple(disk._replace(path=own(disk.path, f"d{n:02}")) for n, disk in enumerate(vm.disks)),
+    )
+
+
+def _vm_to_json(vm: VmSpec) -> dict[str, Any]:
+    """Return `vm` with the names of its files in the template's directory."""
+    assert vm.ram_file is not None
+    return {
+        **vm._asdict(),
+        "kernel": vm.kernel.name,
+        "initrd": vm.initrd.name,
+        "ram_file": vm.ram_file.name,
+        "disks": [[disk.serial, disk.path.name] for disk in vm.disks],
+    }
+
+
+def _vm_from_json(values: dict[str, Any], directory: Path) -> VmSpec:
+    vm = VmSpec(
+        **{
+            **values,
+            "kernel": directory / values["kernel"],
+            "initrd": directory / values["initrd"],
+            "ram_file": directory / values["ram_file"],
+            "disks": tuple(Disk(serial, directory / name) for serial, name in values["disks"]),
+        }
+    )
+    for path in (vm.kernel, vm.initrd, vm.ram_file, *(disk.path for disk in vm.disks)):
+        if path is None or not path.is_file():
+            raise FileNotFoundError(f"the file {path} is missing")
+    return vm
+
+
+def _until_ready(sandbox: Sandbox, timeout_s: float, on_output: Callable[[bytes], None] | None) -> None:
+    """Wait for `remora.ready()`, or explain with the function's own words why it does not come."""
+    tail = bytearray()
+
+    def follow(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := sock.recv(CHUNK_BYTES):
+                tail.extend(data)
+                del tail[:-TAIL_BYTES]
+                if on_output is not None:
+                    on_output(data)
+
+    readers = []
+    for sock in (sandbox.process.stdout, sandbox.process.stderr):
+        assert sock is not None
+        readers.append(threading.Thread(target=follow, args=(sock,), daemon=True))
+        readers[-1].start()
+    try:
+        sandbox.guest.wait_ready(timeout_s)
+    except DeadlineExceededError as error:
+        what = f"the function did not call remora.ready() within {timeout_s:g} s"
+        raise FailedPreconditionError(_in_its_words(what, tail), fix=_READY_FIX) from error
+    except FailedPreconditionError as error:
+        # The function has ended: the rest of its output is on the way.
+        for reader in readers:
+            reader.join(1.0)
+        raise FailedPreconditionError(_in_its_words(error.message, tail), fix=error.fix or _READY_FIX) from error
+    finally:
+        sandbox.detach_process()
+        for reader in readers:
+            reader.join(1.0)
+
+
+def _in_its_words(what: str, tail: bytearray) -> str:
+    said = bytes(tail).decode("utf-8", "replace").strip().splitlines()[-5:]
+    return f"{what}; its last output: {' | '.join(said)}" if said else f"{what}; it wrote nothing"

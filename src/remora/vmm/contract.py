@@ -1,0 +1,123 @@
+"""What every microVM driver must do, so that a sandbox never knows which monitor runs it.
+
+A driver turns a frozen `VmSpec` into a command line by a pure function and runs it as a `Machine`. It declares what it
+can do as `Capabilities`; a sandbox asks for a feature by its capability and never by the driver's name.
+
+NamedTuples and not dataclasses: every `remora run` imports this, and `dataclasses` costs 15 ms of import.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+Accelerator = Literal["kvm", "tcg"]
+
+
+class Capabilities(NamedTuple):
+    """What a driver can do. `emulation`: it also runs without KVM."""
+
+    snapshot: bool
+    clone: bool
+    live_migration: bool
+    hot_plug: bool
+    emulation: bool
+
+
+class Disk(NamedTuple):
+    """A read-only block device; the guest finds it by its serial (at most 20 bytes, as virtio-blk carries it)."""
+
+    serial: str
+    path: Path
+
+
+class VmSpec(NamedTuple):
+    """Everything that makes one virtual machine, apart from the sockets of its process.
+
+    A clone must have the same values as its template except for `ram_private` and `incoming`.
+    """
+
+    kernel: Path
+    initrd: Path
+    #: Kernel command line.
+    arguments: str
+    memory_mib: int
+    cpus: int
+    accelerator: Accelerator
+    #: In the order in which the guest sees them.
+    disks: tuple[Disk, ...] = ()
+    #: File that holds the guest's memory (templates and clones); None: anonymous memory.
+    ram_file: Path | None = None
+    #: True: writes stay private to this machine (a clone); False: they go to `ram_file` (a template).
+    ram_private: bool = False
+    #: True: start without running and wait for a saved state.
+    incoming: bool = False
+
+
+class Ended(NamedTuple):
+    """How a machine's process ended: `signal` if it was killed, else `status`; `console` is its last output."""
+
+    status: int
+    signal: int
+    console: str
+
+
+class Machine(Protocol):
+    """A running virtual machine: one process, one byte channel.
+
+    The blocking calls raise `UnavailableError` when the process is gone and `DeadlineExceededError` when it does not
+    answer in time.
+    """
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def console(self) -> socket.socket:
+        """What the guest's console and the process itself write; its owner calls `read_console` when it is ready."""
+
+    def read_console(self) -> bool:
+        """Take what was written and keep its tail; False at its end."""
+
+    def connect(self, timeout_s: float) -> None:
+        """Wait until the process takes commands."""
+
+    def restore(self, state_fd: int, timeout_s: float) -> None:
+        """Load a saved state into a machine made with `incoming`, and let it run."""
+
+    def save(self, state_fd: int, timeout_s: float) -> None:
+        """Stop the guest and write its state, without the memory that lies in `ram_file`."""
+
+    def kill(self) -> None:
+        """End the process at once; harmless if it has ended."""
+
+    def reap(self) -> Ended | None:
+        """Return how the process ended, or None while it runs. Does not block."""
+
+    def close(self) -> None:
+        """Kill and reap the process and close everything that belongs to it."""
+
+
+class Driver(Protocol):
+    """A virtual machine monitor that is installed on this host."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def version(self) -> str:
+        """Version of the monitor: a saved state is loaded by the same version only."""
+
+    def start(self, spec: VmSpec, *, channel_fd: int, keep_fds: tuple[int, ...] = ()) -> Machine:
+        """Start a machine whose channel is the connected stream socket `channel_fd`; does not wait for it.
+
+        The process dies with the calling thread, whatever kills that. It inherits `keep_fds` under their numbers
+        (disks whose path is `/proc/self/fd/N`).
+
+        Raises:
+            FailedPreconditionError: the monitor is not installed or cannot run here.
+        """

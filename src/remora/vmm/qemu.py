@@ -1,0 +1,283 @@
+"""QEMU's `microvm` machine: the driver that works everywhere, with KVM or by emulation.
+
+`command_line` is pure: golden tests read it. The process gets three connected sockets as inherited descriptors (QMP,
+console, channel), so there is no socket file to wait for, to race for, or to leave behind. It may neither start
+programs nor gain privileges (`-sandbox`, which is why saved states go through `fd:` and not `exec:`), has no network
+device, and dies with the thread that started it (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from collections import deque
+
+from remora.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
+from remora.guest.kernel import CHANNEL_PORT_NAME, MAX_SERIAL_BYTES
+from remora.vmm.contract import Capabilities, Ended, Machine, VmSpec
+from remora.vmm.process import spawn
+from remora.vmm.qmp import QmpClient
+
+BINARY = "qemu-system-x86_64"
+#: virtio-mmio has 24 slots with ACPI; the serial bus takes one, the rest is left free.
+MAX_DISKS = 20
+#: Smallest memory with which the guest OS image boots (measured; docs/running.md).
+MIN_MEMORY_MIB = 96
+#: MiB that translated code may take: without it one emulated guest grows by several hundred MiB.
+TRANSLATION_CACHE_MIB = 64
+CONSOLE_BYTES = 16384
+_CAPABILITIES = Capabilities(snapshot=True, clone=True, live_migration=True, hot_plug=False, emulation=True)
+_IGNORE_SHARED = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
+
+
+def check(spec: VmSpec) -> None:
+    """Refuse what this machine type cannot hold.
+
+    Raises:
+        InvalidArgumentError: with the bound that is broken.
+    """
+    if spec.memory_mib < MIN_MEMORY_MIB:
+        raise InvalidArgumentError(
+            f"{spec.memory_mib} MiB of memory is too small for a microVM", fix=f"ask for {MIN_MEMORY_MIB}M or more"
+        )
+    if not 1 <= spec.cpus <= 64:
+        raise InvalidArgumentError(f"{spec.cpus} CPUs were asked for", fix="a microVM has 1 to 64")
+    if len(spec.disks) > MAX_DISKS:
+        raise InvalidArgumentError(
+            f"the image and its mounts need {len(spec.disks)} disks and a microVM takes {MAX_DISKS}",
+            fix="build the image with fewer layers",
+        )
+    for disk in spec.disks:
+        if len(disk.serial) > MAX_SERIAL_BYTES:
+            raise InvalidArgumentError(f"the disk serial '{disk.serial}' has more than {MAX_SERIAL_BYTES} characters")
+
+
+def command_line(
+    spec: VmSpec, *, binary: str = BINARY, qmp_fd: int, console_fd: int, channel_fd: int
+) -> tuple[str, ...]:
+    """Return the argument vector for `spec`; the descriptors are those that the process inherits."""
+    check(spec)
+    memory = f"{spec.memory_mib}M"
+    # No option ROMs: nothing boots from a network or a disk. With ACPI, because Debian's kernel finds its virtio-mmio
+    # devices in no other way.
+    machine = "microvm,x-option-roms=off"
+    if spec.accelerator == "tcg":
+        accelerator = ["-accel", f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}", "-cpu", "max"]
+    else:
+        machine += ",rtc=off"
+        accelerator = ["-accel", "kvm", "-cpu", "host"]
+    memory_object: list[str] = []
+    if spec.ram_file is not None:
+        machine += ",memory-backend=ram"
+        share = "off" if spec.ram_private else "on"
+        memory_object = [
+            "-object",
+            f"memory-backend-file,id=ram,size={memory},mem-path={_quote(str(spec.ram_file))},share={share}",
+        ]
+    arguments = [
+        binary,
+        *("-machine", machine),
+        *accelerator,
+        *("-smp", str(spec.cpus)),
+        *("-m", memory),
+        *memory_object,
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        *("-kernel", str(spec.kernel)),
+        *("-initrd", str(spec.initrd)),
+        *("-append", spec.arguments),
+        *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
+        *("-device", "virtio-serial-device,max_ports=2"),
+        *("-chardev", f"socket,id=channel,fd={channel_fd}"),
+        *("-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT_NAME}"),
+    ]
+    for number, disk in enumerate(spec.disks):
+        drive = f"id=d{number},file={_quote(str(disk.path))},format=raw,if=none,readonly=on"
+        arguments += ["-drive", drive, "-device", f"virtio-blk-device,drive=d{number},serial={disk.serial}"]
+    if spec.incoming:
+        arguments += ["-incoming", "defer"]
+    return tuple(arguments)
+
+
+def _quote(value: str) -> str:
+    """QEMU splits options at commas; a doubled one stands for itself."""
+    return value.replace(",", ",,")
+
+
+def find_binary() -> str:
+    """Return the path of QEMU.
+
+    Raises:
+        FailedPreconditionError: it is not installed; the message names the package.
+    """
+    path = shutil.which(BINARY)
+    if path is None:
+        raise FailedPreconditionError(
+            f"{BINARY} is not installed", fix="install it: apt-get install qemu-system-x86 (or run `make system`)"
+        )
+    return path
+
+
+class QemuMachine:
+    """One QEMU process. Not thread-safe, except that `kill` and `reap` may come from another thread."""
+
+    def __init__(self, pid: int, qmp: socket.socket, console: socket.socket) -> None:
+        self._pid = pid
+        self._qmp = QmpClient(qmp)
+        self._console = console
+        self._console.setblocking(False)
+        self._console_tail: deque[bytes] = deque()
+        self._console_bytes = 0
+        self._ended: Ended | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    @property
+    def console(self) -> socket.socket:
+        return self._console
+
+    def connect(self, timeout_s: float) -> None:
+        self._qmp.handshake(timeout_s)
+
+    def restore(self, state_fd: int, timeout_s: float) -> None:
+        self._qmp.command("migrate-set-capabilities", _IGNORE_SHARED)
+        self._qmp.command("getfd", {"fdname": "state"}, fds=[state_fd])
+        self._qmp.command("migrate-incoming", {"uri": "fd:state"})
+        deadline_s = time.monotonic() + timeout_s
+        # The state of a machine whose memory lies in a file is 50 KB: it is read in a few milliseconds.
+        while (status := self._qmp.command("query-status")["status"]) == "inmigrate":
+            self._pause(deadline_s, "load the saved state", timeout_s)
+        if status not in ("paused", "prelaunch", "running"):
+            raise FailedPreconditionError(f"QEMU could not load the saved state: it is now '{status}'")
+        self._qmp.command("cont")
+
+    def save(self, state_fd: int, timeout_s: float) -> None:
+        self._qmp.command("stop")
+        self._qmp.command("migrate-set-capabilities", _IGNORE_SHARED)
+        self._qmp.command("migrate-set-parameters", {"max-bandwidth": 1 << 34})
+        self._qmp.command("getfd", {"fdname": "state"}, fds=[state_fd])
+        self._qmp.command("migrate", {"uri": "fd:state"})
+        deadline_s = time.monotonic() + timeout_s
+        while (progress := self._qmp.command("query-migrate")).get("status") != "completed":
+            if progress.get("status") in ("failed", "cancelled"):
+                raise FailedPreconditionError(
+                    f"QEMU could not save the machine: {progress.get('error-desc', progress['status'])}",
+                    fix="check the free space of the state directory",
+                )
+            self._pause(deadline_s, "save the machine", timeout_s)
+
+    @staticmethod
+    def _pause(deadline_s: float, what: str, timeout_s: float) -> None:
+        if time.monotonic() > deadline_s:
+            raise DeadlineExceededError(f"QEMU did not {what} within {timeout_s:g} s")
+        time.sleep(0.001)
+
+    def read_console(self) -> bool:
+        try:
+            data = self._console.recv(4096)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._console_tail.append(data)
+        self._console_bytes += len(data)
+        while self._console_bytes - len(self._console_tail[0]) >= CONSOLE_BYTES:
+            self._console_bytes -= len(self._console_tail.popleft())
+        return bool(data)
+
+    def console_text(self) -> str:
+        text = b"".join(self._console_tail).decode("utf-8", "replace")
+        # SeaBIOS clears the screen by escape sequences; nobody wants them in an error message.
+        return re.sub(r"\x1b(\[[0-9;=?]*[a-zA-Z]|c)", "", text).replace("\r", "")
+
+    def kill(self) -> None:
+        if self._ended is None:
+            try:
+                os.kill(self._pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended by itself and has been reaped by the other thread
+
+    def reap(self) -> Ended | None:
+        if self._ended is None:
+            self._wait(os.WNOHANG)
+        return self._ended
+
+    def close(self) -> None:
+        self.kill()
+        if self._ended is None:
+            self._wait(0)
+        self._qmp.close()
+        self._console.close()
+
+    def _wait(self, options: int) -> None:
+        try:
+            pid, status = os.waitpid(self._pid, options)
+        except ChildProcessError:
+            pid, status = self._pid, 0
+        if pid:
+            while self._console.fileno() >= 0 and self.read_console() and self._console_ready():
+                pass
+            killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            exit_status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
+            self._ended = Ended(exit_status, killed_by, self.console_text())
+
+    def _console_ready(self) -> bool:
+        try:
+            return bool(self._console.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+
+class QemuDriver:
+    """Starts microVMs with the QEMU that is installed."""
+
+    name = "qemu"
+    capabilities = _CAPABILITIES
+
+    def __init__(self, binary: str | None = None) -> None:
+        self._binary = binary or find_binary()
+        self._version = ""
+
+    @property
+    def version(self) -> str:
+        if not self._version:
+            with os.popen(f"'{self._binary}' --version") as output:
+                match = re.search(r"version (\d+\.\d+\.\d+)", output.read())
+            if match is None:
+                raise FailedPreconditionError(f"{self._binary} does not tell its version", fix="reinstall QEMU")
+            self._version = match[1]
+        return self._version
+
+    def start(self, spec: VmSpec, *, channel_fd: int, keep_fds: tuple[int, ...] = ()) -> QemuMachine:
+        qmp, qmp_child = socket.socketpair()
+        console, console_child = socket.socketpair()
+        with qmp_child, console_child:
+            try:
+                pid = spawn(
+                    command_line(
+                        spec,
+                        binary=self._binary,
+                        qmp_fd=qmp_child.fileno(),
+                        console_fd=console_child.fileno(),
+                        channel_fd=channel_fd,
+                    ),
+                    keep_fds=(qmp_child.fileno(), console_child.fileno(), channel_fd, *keep_fds),
+                    output_fd=console_child.fileno(),
+                )
+            except BaseException:
+                qmp.close()
+                console.close()
+                raise
+        return QemuMachine(pid, qmp, console)
+
+
+def _conforms(machine: QemuMachine) -> Machine:
+    """mypy proves here that the class fulfils the contract."""
+    return machine
