@@ -16,9 +16,11 @@ import select
 import signal
 import sys
 import time
-import traceback
 from collections import deque
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
@@ -45,6 +47,8 @@ class Timer:
 
 
 def _print_error(error: BaseException) -> None:
+    import traceback  # costs the guest more to import than this whole module
+
     traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
 
 
