@@ -34,6 +34,7 @@ _RESIZES = {
     "nearest": Image.Resampling.NEAREST,
 }
 _ORIENTATION_TAG = 0x0112
+_TURNED = 5  # from here on, width and height change places
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,13 @@ class Preprocess:
         for key, size in (("width", self.width), ("height", self.height)):
             if not isinstance(size, int) or not 1 <= size <= 4096:
                 raise InvalidArgumentError(f"[preprocess] {key} is {size!r}", fix="allowed are 1 to 4096")
-        for key, triple in (("mean", self.mean), ("std", self.std)):
-            if len(triple) != 3 or not all(isinstance(part, int | float) for part in triple):
+        triples: tuple[tuple[str, object], ...] = (("mean", self.mean), ("std", self.std))
+        for key, triple in triples:
+            if (
+                not isinstance(triple, tuple)
+                or len(triple) != 3
+                or not all(isinstance(part, int | float) for part in triple)
+            ):
                 raise InvalidArgumentError(f"[preprocess] {key} must be three numbers (of 0..255)")
         if not all(self.std):
             raise InvalidArgumentError("[preprocess] std must not be 0")
@@ -114,11 +120,12 @@ def prepare(encoded: bytes | memoryview, how: Preprocess, limits: Limits | None 
     limits = limits or Limits()
     if len(encoded) > limits.image_bytes:
         raise InvalidArgumentError(f"the picture has {len(encoded)} bytes, {limits.image_bytes} are allowed")
-    image = _decode(encoded, how, limits)
-    return _to_tensor(_crop_and_resize(image, how), how)
+    image, size = _decode(encoded, how, limits)
+    return _to_tensor(_crop_and_resize(image, how, size), how)
 
 
-def _decode(encoded: bytes | memoryview, how: Preprocess, limits: Limits) -> Image.Image:
+def _decode(encoded: bytes | memoryview, how: Preprocess, limits: Limits) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the picture upright in RGB, perhaps scaled down, and its full size."""
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         width, height = image.size
@@ -126,16 +133,16 @@ def _decode(encoded: bytes | memoryview, how: Preprocess, limits: Limits) -> Ima
             raise InvalidArgumentError(
                 f"the picture is {width}x{height}; at most {limits.pixels} pixels are allowed", fix="scale it down"
             )
-        share = how.crop_share()
+        if image.format != "JPEG":
+            upright = _to_rgb(ImageOps.exif_transpose(image))
+            return upright, upright.size
         # Half as much again as the crop needs: the scaled decode then keeps the answers of a full one.
-        need = math.ceil(1.5 * max(how.width, how.height) / share)
-        if image.format == "JPEG":
-            fast = _decode_jpeg(encoded, image, need)
-            if fast is not None:
-                return fast
+        need = math.ceil(1.5 * max(how.width, how.height) / how.crop_share())
+        decoded = _decode_jpeg(encoded, image, need)
+        if decoded is None:
             image.draft("RGB", (need, need))
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image) or image)
+            decoded = _to_rgb(ImageOps.exif_transpose(image))
+        return decoded, (height, width) if _orientation(image) >= _TURNED else (width, height)
     except UnidentifiedImageError as error:
         raise InvalidArgumentError(f"these {len(encoded)} bytes are not a picture", fix=_FIX_IMAGE) from error
     except Image.DecompressionBombError as error:
@@ -154,11 +161,16 @@ def _decode_jpeg(encoded: bytes | memoryview, header: Image.Image, need: int) ->
     except ValueError:
         return None  # Pillow accepts some truncated files, and words the error for the others
     image = Image.fromarray(pixels)
-    orientation = header.getexif().get(_ORIENTATION_TAG, 1)
-    if orientation != 1:
-        image.getexif()[_ORIENTATION_TAG] = orientation
-        image = ImageOps.exif_transpose(image) or image
-    return image
+    orientation = _orientation(header)
+    if orientation == 1:
+        return image
+    image.getexif()[_ORIENTATION_TAG] = orientation
+    return ImageOps.exif_transpose(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(_ORIENTATION_TAG, 1)
+    return value if isinstance(value, int) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -176,13 +188,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _crop_and_resize(image: Image.Image, how: Preprocess) -> Image.Image:
-    width, height = image.size
-    box: tuple[float, float, float, float] = (0, 0, width, height)
+def _crop_and_resize(image: Image.Image, how: Preprocess, size: tuple[int, int]) -> Image.Image:
+    """Crop by the whole pixels of the full-size picture, whatever size it was decoded at, and resize."""
+    width, height = size
+    left, upper, right, lower = 0, 0, width, height
     if how.crop == "center":
         side = max(1, int(how.crop_share() * min(width, height)))
         left, upper = (width - side) // 2, (height - side) // 2
-        box = (left, upper, left + side, upper + side)
+        right, lower = left + side, upper + side
+    across, down = image.width / width, image.height / height
+    box = (left * across, upper * down, right * across, lower * down)
     return image.resize((how.width, how.height), _RESIZES[how.resize], box=box)
 
 
