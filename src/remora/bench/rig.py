@@ -18,9 +18,10 @@ _START_TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Rig:
-    """A running agent."""
+    """A running agent. Whoever makes sandboxes for it must have REMORA_RUNTIME_DIR set to `runtime`."""
 
     directory: Path
+    runtime: Path
     address: str
     pid: int
 
@@ -37,6 +38,7 @@ def agent(config: str | None = None) -> Iterator[Rig]:
     """
     with tempfile.TemporaryDirectory(prefix="remora-") as name:
         directory = Path(name)
+        runtime = directory / "run"
         address = f"unix://{directory}/accel.sock"
         log = directory / "agent.log"
         command = [sys.executable, "-m", "remora", "agent", "--listen", address, "--state", f"{directory}/state"]
@@ -51,14 +53,15 @@ def agent(config: str | None = None) -> Iterator[Rig]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "REMORA_RUNTIME_DIR": str(directory / "run")},
+                env={**os.environ, "REMORA_RUNTIME_DIR": str(runtime)},
+                start_new_session=True,  # Ctrl-C is for whoever measures; the agent is told when they are done
             )
         os.close(ready_w)
         try:
             with os.fdopen(ready_r, "rb") as ready:
                 if not ready.readline():
                     raise UnavailableError(f"the agent did not start:\n{log.read_text()[-2000:]}")
-            yield Rig(directory, address, process.pid)
+            yield Rig(directory, runtime, address, process.pid)
         finally:
             process.terminate()
             try:
