@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import remora
+from remora.catalog.local import LocalModel
 
 
 def operation(session: remora.Session, kind: str, model: str, path: Path) -> Callable[[], object]:
@@ -24,7 +25,7 @@ def operation(session: remora.Session, kind: str, model: str, path: Path) -> Cal
     if kind == "picture":
         picture = path.read_bytes()
         return lambda: session.classify(picture, model=model)
-    feeds = {next(info for info in session.models() if info.name == model).inputs[0].name: np.load(path)}
+    feeds = {LocalModel.from_catalog(model).model.inputs[0].name: np.load(path)}
     return lambda: session.infer(model, feeds)
 
 

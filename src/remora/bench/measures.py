@@ -107,7 +107,7 @@ def _prepare(rig: Rig) -> _Work:
 def _latencies(plan: Plan, step: Callable[[], None], session: remora.Session, work: _Work) -> dict[str, Any]:
     """One client, one call after the other."""
     input_name = work.model.model.inputs[0].name
-    identity_input = next(model for model in session.models() if model.name == IDENTITY).inputs[0].name
+    identity_input = LocalModel.from_catalog(IDENTITY).model.inputs[0].name
     big = np.random.default_rng(1).random(_TENSOR_SHAPE, dtype=np.float32)
     with echo(_SMALL_BYTES) as echo_small, echo(big.nbytes) as echo_big:
         series = alternate(
