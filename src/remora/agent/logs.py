@@ -81,7 +81,7 @@ class Log:
     def error(self, event: str, **fields: Value) -> None:
         self._put("error", event, fields)
 
-    def of_tenant(self, tenant: str, event: str, **fields: Value) -> None:
+    def of_tenant(self, tenant: str, event: str, *, level: str = "warning", **fields: Value) -> None:
         """Write a line that a tenant caused, if its budget allows."""
         now_s = time.monotonic()
         budget = self._budgets.get(tenant)
@@ -94,7 +94,7 @@ class Log:
         if budget.suppressed:
             fields["suppressed_before"] = budget.suppressed
             budget.suppressed = 0
-        self._put("warning", event, {"tenant": tenant, **fields})
+        self._put(level, event, {"tenant": tenant, **fields})
 
     def close(self) -> None:
         """Write what waits, for at most two seconds: the reader may be gone."""

@@ -160,7 +160,12 @@ class NativeDoor:
         self._core.open_session(peer, session)
         how = "resumed" if resumed else "forked" if forked else "opened"
         self._core.log.of_tenant(
-            peer.identity.tenant, f"session {how}", session=session.id, sandbox=peer.identity.sandbox, client=client
+            peer.identity.tenant,
+            f"session {how}",
+            level="info",
+            session=session.id,
+            sandbox=peer.identity.sandbox,
+            client=client,
         )
         limits = self._core.limits
         response = v1.HelloResponse(
