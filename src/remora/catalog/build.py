@@ -47,7 +47,7 @@ def is_built(name: str, directory: Path | None = None) -> bool:
     place = (directory or models_dir()) / name
     try:
         return (place / FILE_NAME).read_bytes() == text and load_entry(place / FILE_NAME).info.size_bytes > 0
-    except (FileNotFoundError, NotFoundError, InvalidArgumentError):
+    except (OSError, NotFoundError, InvalidArgumentError):
         return False
 
 
