@@ -154,9 +154,10 @@ def _run_mmdebstrap(
             process.terminate()
             raise
     if process.returncode != 0:
-        reasons = [line for line in lines if line.startswith("E: ")] or lines[-3:]
+        # apt's own reasons are short; the long lines repeat the whole command.
+        reasons = [line for line in lines if line.startswith("E: ") and len(line) < 200] or lines[-3:]
         raise UnavailableError(
             f"mmdebstrap could not make a base of {suite} with {', '.join(include) or 'no packages'}: "
-            + "; ".join(reason.removeprefix("E: ") for reason in reasons[:4]),
+            + "; ".join(reason.removeprefix("E: ") for reason in reasons[:3]),
             fix="check the package names, the suite and that apt-get update works here",
         )

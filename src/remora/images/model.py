@@ -13,7 +13,7 @@ from remora.errors import InvalidArgumentError
 
 #: docker/distribution's reference grammar, without the digest part: images are stored under names.
 _NAME = re.compile(
-    r"(?:[A-Za-z0-9.-]+(?::[0-9]{1,5})?/)?[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*"
+    r"(?:[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{1,5})?/)?[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*"
     r":[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 )
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")

@@ -20,16 +20,16 @@ _SUITE = re.compile(r"(debian|ubuntu):([a-z]+)")
 
 #: section -> key -> kind; a kind names the check below and, in errors, what is expected.
 _KEYS: dict[str, dict[str, str]] = {
-    "image": {"name": "text", "base": "text", "variant": "text", "packages": "list of texts"},
-    "python": {"requirements": "text", "target": "text"},
+    "image": {"name": "string", "base": "string", "variant": "string", "packages": "list of strings"},
+    "python": {"requirements": "string", "target": "string"},
     "run": {
-        "entrypoint": "list of texts",
-        "cmd": "list of texts",
-        "env": "table of texts",
-        "workdir": "text",
-        "user": "text",
-        "stop_signal": "text",
-        "ports": "list of texts",
+        "entrypoint": "list of strings",
+        "cmd": "list of strings",
+        "env": "table of strings",
+        "workdir": "string",
+        "user": "string",
+        "stop_signal": "string",
+        "ports": "list of strings",
     },
     "files": {},
     "labels": {},
@@ -90,7 +90,7 @@ class _Checker:
                 self._typed(section, key, value, _KEYS[section][key])
         for section in ("files", "labels"):
             for key, value in self._section(section).items():
-                self._typed(section, key, value, "text")
+                self._typed(section, key, value, "string")
         image, run, python = self._section("image"), self._section("run"), self._section("python")
         base = image.get("base")
         if not base:
@@ -169,9 +169,9 @@ class _Checker:
 
     def _typed(self, section: str, key: str, value: object, kind: str) -> None:
         good = {
-            "text": isinstance(value, str),
-            "list of texts": isinstance(value, list) and all(isinstance(item, str) for item in value),
-            "table of texts": isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
+            "string": isinstance(value, str),
+            "list of strings": isinstance(value, list) and all(isinstance(item, str) for item in value),
+            "table of strings": isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
         }[kind]
         if not good:
             raise self._error(section, key, f"[{section}] {key} must be a {kind}, not {value!r}")

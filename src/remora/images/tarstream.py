@@ -137,7 +137,9 @@ class TarReader:
             return None
         if len(header) < _BLOCK:
             raise InvalidArgumentError("the archive ends in the middle of a header; it is cut off")
-        stored = _number(header[148:156])
+        # The sum counts its own field as eight spaces; it is six octal digits in every dialect.
+        digits = _text(header[148:156]).strip(b" ")
+        stored = int(digits, 8) if digits and not digits.strip(b"01234567") else -1
         if stored != sum(header) - sum(header[148:156]) + 8 * 0x20:
             raise InvalidArgumentError("this is no tar archive, or a damaged one: the checksum of a header is wrong")
         return header
