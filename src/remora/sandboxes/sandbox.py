@@ -25,6 +25,7 @@ from remora.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
+    NotFoundError,
     RemoraError,
     UnavailableError,
 )
@@ -103,7 +104,7 @@ class Sandbox:
             fields = {
                 "image": ready.image,
                 "command": list(ready.process.args),
-                "accelerator": ready.vm.accelerator,
+                "kvm": ready.vm.accelerator == "kvm",
                 "env": list(ready.process.env),
                 "cwd": ready.process.cwd,
                 "user": ready.process.user,
@@ -210,7 +211,10 @@ class Sandbox:
                 "the monitor of the microVM ended before the microVM ran", fix="try again with --debug and report this"
             )
         if message["event"] != "started":
-            raise leash.restore(message)
+            error = leash.restore(message)
+            # A program that cannot be started has the statuses that a shell gives it.
+            error.exit_status = {5: 127, 7: 126}.get(error.code, error.exit_status)
+            raise error
         self.timings = dict(message["stamps"])
         self.warning = str(message.get("warning", ""))
 
@@ -268,12 +272,6 @@ class Sandbox:
             self._process = GuestProcess(self.guest, self.directory, MAIN, terminal=terminal, explain=self._explain)
         return self._process
 
-    def detach_process(self) -> None:
-        """Let go of the streams of the container's own process; `process` attaches to them again."""
-        if self._process is not None:
-            self._process.close()
-            self._process = None
-
     # -- using it ---------------------------------------------------------------------------------------------------
 
     def exec(
@@ -306,7 +304,11 @@ class Sandbox:
             stdin=stdin,
         )
         process_id = f"x{secrets.token_hex(6)}"
-        self.guest.start(process_id, process(spec))
+        try:
+            self.guest.start(process_id, process(spec))
+        except NotFoundError as error:
+            error.exit_status = 127
+            raise
         return GuestProcess(
             self.guest,
             self.directory,
@@ -398,7 +400,9 @@ class Sandbox:
                 ) from error
 
     def _let_go_of_guest(self) -> None:
-        self.detach_process()
+        if self._process is not None:
+            self._process.close()
+            self._process = None
         if self._guest is not None:
             self._guest.close()
             self._guest = None

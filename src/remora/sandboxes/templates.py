@@ -35,9 +35,10 @@ from remora.errors import (
     RemoraError,
     ResourceExhaustedError,
 )
+from remora.sandboxes.guest import MAIN
 from remora.sandboxes.launch import Launch
 from remora.sandboxes.options import Options, attachment
-from remora.sandboxes.processes import CHUNK_BYTES
+from remora.sandboxes.processes import CHUNK_BYTES, GuestProcess
 from remora.sandboxes.registry import Record, check_name
 from remora.vmm.contract import Disk, VmSpec
 from remora.vmm.qemu import QemuDriver
@@ -222,7 +223,7 @@ class Templates:
             fields = {
                 "image": ready.image,
                 "command": list(ready.process.args),
-                "accelerator": vm.accelerator,
+                "kvm": vm.accelerator == "kvm",
                 "env": list(ready.process.env),
                 "cwd": ready.process.cwd,
                 "user": ready.process.user,
@@ -421,7 +422,9 @@ def _until_ready(sandbox: Sandbox, timeout_s: float, on_output: Callable[[bytes]
                     on_output(data)
 
     readers = []
-    for sock in (sandbox.process.stdout, sandbox.process.stderr):
+    # Not stdin: letting go of it would be the function's end of file, in every clone.
+    function = GuestProcess(sandbox.guest, sandbox.directory, MAIN, stdin=False)
+    for sock in (function.stdout, function.stderr):
         assert sock is not None
         readers.append(threading.Thread(target=follow, args=(sock,), daemon=True))
         readers[-1].start()
@@ -436,7 +439,7 @@ def _until_ready(sandbox: Sandbox, timeout_s: float, on_output: Callable[[bytes]
             reader.join(1.0)
         raise FailedPreconditionError(_in_its_words(error.message, tail), fix=error.fix or _READY_FIX) from error
     finally:
-        sandbox.detach_process()
+        function.close()
         for reader in readers:
             reader.join(1.0)
 
