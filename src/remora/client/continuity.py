@@ -122,10 +122,12 @@ class Patience:
             raise self.too_late()
         return left_s
 
-    def too_late(self) -> DeadlineExceededError:
-        reason = f"; last error: {self._last_error}" if self._last_error else ""
-        error = DeadlineExceededError(f"{self._what}: no answer within {self._timeout_s:g} s{reason}")
-        error.__cause__ = self._last_error
+    def too_late(self, reason: Optional[RemoraError] = None) -> DeadlineExceededError:
+        """Return the error for a call whose time is over; `reason` is why there is no connection."""
+        last = reason or self._last_error
+        tail = f"; last error: {last}" if last else ""
+        error = DeadlineExceededError(f"{self._what}: no answer within {self._timeout_s:g} s{tail}")
+        error.__cause__ = last
         return error
 
     def lost(self, error: RemoraError, now_s: float) -> float:

@@ -217,7 +217,7 @@ class Link:
             for address in self._addresses:
                 try:
                     self._connection = self._greet(address, patience)
-                except _NobodyThereError as error:
+                except NobodyThereError as error:
                     tried.append((address, error.reason))
                 except UnavailableError as error:
                     drops += 1
@@ -241,7 +241,7 @@ class Link:
         try:
             sock = transport.open_socket(address, timeout_s)
         except OSError as error:
-            raise _NobodyThereError(address, error) from error
+            raise NobodyThereError(address, error) from error
         connection = Connection(sock)
         try:
             answer = connection.client.call(
@@ -249,10 +249,7 @@ class Link:
             )
         except DeadlineExceededError as error:
             connection.client.close()
-            raise UnavailableError(
-                f"{address} took the connection and did not answer Hello within {timeout_s:g} s",
-                fix="see whether an agent listens there, and whether it hangs: `remora agent status`",
-            ) from error
+            raise transport.silent(address, timeout_s) from error
         except BaseException:
             connection.client.close()
             raise
@@ -290,7 +287,9 @@ def _answer(under_way: Deque[Stream[Response]]) -> Response:
     return answer
 
 
-class _NobodyThereError(UnavailableError):
+class NobodyThereError(UnavailableError):
+    """No agent listens at an address; `reason` is the system's."""
+
     def __init__(self, address: Address, reason: Exception) -> None:
         error = transport.no_agent([(address, reason)])
         super().__init__(error.message, fix=error.fix)

@@ -222,15 +222,13 @@ class Session:
         """Load a model, uploading it first where the agent has not its bytes."""
         epoch = self._link.continuity.epoch
         if loaded.source is not None:
-            self._provide(loaded, timeout_s)
+            self._provide(loaded, loaded.source, timeout_s)
         answer = self._call("LoadModel", loaded.request(), v1.LoadModelResponse, timeout_s)
         # The epoch of before: if the session was lost in between, the model is loaded once too often, never too seldom.
         loaded.epoch = epoch
         return calls.loaded(answer, loaded.name)
 
-    def _provide(self, loaded: calls.Loaded, timeout_s: float) -> None:
-        source = loaded.source
-        assert source is not None
+    def _provide(self, loaded: calls.Loaded, source: Source, timeout_s: float) -> None:
         upload = calls.Upload(source)
         again = loaded.epoch >= 0
         while True:

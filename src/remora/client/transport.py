@@ -79,6 +79,14 @@ def no_agent(tried: Sequence[Tuple[Address, Exception]]) -> UnavailableError:
     return UnavailableError(f"no agent found; tried {'; '.join(lines)}", fix=fix)
 
 
+def silent(address: Address, timeout_s: float) -> UnavailableError:
+    """Return the error for a listener that does not behave as an agent."""
+    return UnavailableError(
+        f"{address} took the connection and did not answer Hello within {timeout_s:g} s",
+        fix="see whether an agent listens there, and whether it hangs: `remora agent status`",
+    )
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such socket"
