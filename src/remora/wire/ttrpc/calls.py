@@ -10,7 +10,7 @@ import time
 
 from remora.errors import DeadlineExceededError, InvalidArgumentError, ProtocolError, RemoraError
 from remora.wire.protobuf import DecodeError
-from remora.wire.protobuf_kinds import read_length
+from remora.wire.protobuf_kinds import read_length, read_varint
 from remora.wire.ttrpc.core import data_frame, error_frame, response_frame
 from remora.wire.ttrpc.frames import DATA, NO_DATA, REMOTE_CLOSED, REMOTE_OPEN, REQUEST
 from remora.wire.ttrpc.messages import ENVELOPE_LIMITS, Request
@@ -291,6 +291,17 @@ def _release(block: Optional[Block]) -> None:
         block.release()
 
 
+def _only_timeout(body: Piece, pos: int, size: int) -> int:
+    """Return timeout_nano if it is all that follows `pos`, else 0: nearly every request ends with it."""
+    if body[pos] != 0x20:
+        return 0
+    try:
+        value, pos = read_varint(body, pos + 1)
+    except IndexError as error:
+        raise DecodeError("Request: the message ends in the middle of a field") from error
+    return value if pos == size and value < 1 << 63 else 0
+
+
 def _parse(body: Piece) -> Tuple[Tuple[str, str], Piece, Optional[Request]]:
     """Return ((service, method), payload, the whole request if it has more than that).
 
@@ -312,6 +323,9 @@ def _parse(body: Piece) -> Tuple[Tuple[str, str], Piece, Optional[Request]]:
                         raise DecodeError("Request: the message ends in the middle of a field") from error
                     if end == size:
                         return names, body[start:], None
+                    timeout_nano = _only_timeout(body, end, size)
+                    if timeout_nano:
+                        return names, body[start:end], Request(timeout_nano=timeout_nano)
     request = Request.decode(body, limits=ENVELOPE_LIMITS)
     names = request.service, request.method
     if len(_known) < _MAX_CACHED and len(request.service) + len(request.method) < 120:

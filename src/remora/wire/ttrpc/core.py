@@ -31,6 +31,8 @@ MAX_UNREAD_BYTES = 64 << 20
 _MAX_CACHED = 1024
 
 _LAST_STREAM_ID = (1 << 31) - 1
+#: Field 4 of `Request`, a varint: by hand, because nearly every call has a deadline.
+_TIMEOUT_KEY = b"\x20"
 _prefixes: Dict[Tuple[str, str], bytes] = {}
 
 
@@ -69,9 +71,9 @@ def request_frame(
     size = sum(map(len, out))
     prefix = (_prefixes.get((service, method)) or _prefix(service, method)) + varint(size)
     if timeout_s is not None or metadata:
-        tail = Request(
-            timeout_nano=0 if timeout_s is None else max(1, int(timeout_s * 1e9)), metadata=_pairs(metadata)
-        ).to_bytes()
+        tail = b"" if timeout_s is None else _TIMEOUT_KEY + varint(max(1, int(timeout_s * 1e9)))
+        if metadata:
+            tail += Request(metadata=_pairs(metadata)).to_bytes()
         out.append(tail)
         size += len(tail)
     out[0] = HEADER.pack(len(prefix) + size, stream_id, REQUEST, flags) + prefix

@@ -67,6 +67,8 @@ class Client:
         self._streams = Streams()
         self._sending = allocate_lock()  # held while ids are handed out and frames sent: both must keep one order
         self._reading = allocate_lock()  # held by the leader
+        self._readable = select.poll()  # the leader's
+        self._readable.register(sock, select.POLLIN)
         self._sleepers: Dict[int, Any] = {}  # stream id -> lock that wakes its waiting thread
 
     @property
@@ -258,9 +260,7 @@ class Client:
                 return
 
     def _wait_readable(self, stream: ClientStream, deadline_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        if not poll.poll(_milliseconds(deadline_s)):
+        if not self._readable.poll(_milliseconds(deadline_s)):
             self._expired(stream)
 
     def _expired(self, stream: ClientStream) -> None:
