@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             except (remora.UnavailableError, remora.PermissionDeniedError):
                 raise  # true of every picture
             except remora.RemoraError as error:
-                if len(args.pictures) == 1:
+                if args.debug:
                     raise
                 print(f"remora classify: {picture}: {error}", file=sys.stderr)
                 status = status or error.exit_status

@@ -109,7 +109,6 @@ class Link:
         Raises:
             RemoraError: the agent's answer, or UnavailableError or DeadlineExceededError from here.
         """
-        self.continuity.check_size(request.byte_size(), method)
         patience = Patience(method, timeout_s=timeout_s, reconnect_s=self._reconnect_s, now_s=time.monotonic())
         while True:
             connection = self._connected(patience)

@@ -113,6 +113,7 @@ class Session:
         """
         name = calls.model_name(model)
         request = calls.classify_request(image, name, top, self._link.next_request_id())
+        self._link.continuity.check_size(request.byte_size(), "Classify")
         return calls.labels(
             self._using(name, lambda left_s: self._call("Classify", request, v1.ClassifyResponse, left_s), deadline)
         )
@@ -146,6 +147,7 @@ class Session:
         """
         name = calls.model_name(model)
         request, passed_arrays = calls.infer_request(name, inputs, outputs, self._link.next_request_id())
+        self._link.continuity.check_size(request.byte_size(), "Infer")
         answer = self._using(name, lambda left_s: self._call("Infer", request, v1.InferResponse, left_s), deadline)
         return calls.arrays_or_tensors(answer, passed_arrays if arrays is None else arrays)
 
