@@ -22,6 +22,8 @@ Lane = tuple[str, str]
 _FIRST_GUESS_US = 1000.0
 #: Weight of the newest measurement in the estimate.
 _SMOOTHING = 0.2
+#: Deadlines of tickets that wait no more, beyond which the list is cleaned.
+_SLACK = 1000
 
 
 class Ticket:
@@ -130,6 +132,10 @@ class FairScheduler:
             queue.append(ticket)
         if ticket.deadline_s is not None:
             heapq.heappush(self._deadlines, (ticket.deadline_s, self._serial, ticket))
+            if len(self._deadlines) > 2 * self.waiting.total() + _SLACK:
+                # Tickets that started or were cancelled long before their deadline: they must not pile up here.
+                self._deadlines = [entry for entry in self._deadlines if entry[2].state == Ticket.WAITING]
+                heapq.heapify(self._deadlines)
 
     def _pump(self, key: Lane, lane: _Queues) -> None:
         while lane.order and lane.running < self._slots(*key):
@@ -139,18 +145,19 @@ class FairScheduler:
 
     def _next(self, lane: _Queues) -> Ticket | None:
         pushed_at, serial, tenant = heapq.heappop(lane.order)
+        queue = lane.by_tenant[tenant]
+        if not queue:  # all were cancelled
+            del lane.by_tenant[tenant]
+            return None
         now = self._virtual[tenant]
         if now > pushed_at:  # it ran meanwhile, here or in another lane: it stands further back
             heapq.heappush(lane.order, (now, serial, tenant))
             return None
-        queue = lane.by_tenant[tenant]
         ticket = queue.popleft()
         if queue:
             heapq.heappush(lane.order, (now, serial, tenant))
         else:
             del lane.by_tenant[tenant]
-        if ticket.state != Ticket.WAITING:  # cancelled or expired in the queue
-            return None
         self._leave_queue(ticket)
         if ticket.deadline_s is not None and ticket.deadline_s <= self._now_s():
             self._drop_late(ticket)
@@ -181,6 +188,7 @@ class FairScheduler:
         if ticket.state != Ticket.WAITING:
             return False
         ticket.state = Ticket.ENDED
+        self._lanes[ticket.lane].by_tenant[ticket.tenant].remove(ticket)
         self._leave_queue(ticket)
         self._end(ticket)
         return True
@@ -190,6 +198,7 @@ class FairScheduler:
         while self._deadlines and self._deadlines[0][0] <= now_s:
             ticket = heapq.heappop(self._deadlines)[2]
             if ticket.state == Ticket.WAITING:
+                self._lanes[ticket.lane].by_tenant[ticket.tenant].remove(ticket)
                 self._leave_queue(ticket)
                 self._drop_late(ticket)
 

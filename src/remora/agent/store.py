@@ -31,13 +31,15 @@ PutDone = Callable[[tuple[int, bool] | RemoraError], None]
 
 
 class _Upload:
-    __slots__ = ("path", "progress", "submitted_bytes", "total_bytes")
+    __slots__ = ("counted_bytes", "path", "progress", "submitted_bytes", "total_bytes")
 
     def __init__(self, path: Path, received_bytes: int, total_bytes: int) -> None:
         self.path = path
         self.progress = files.Progress(received_bytes)
         #: Received, and handed to the disk thread.
         self.submitted_bytes = received_bytes
+        #: Its part of the store's `bytes_stored`.
+        self.counted_bytes = received_bytes
         self.total_bytes = total_bytes
 
 
@@ -254,14 +256,15 @@ class Store:
             return
         if not last:
             self.bytes_stored += length
+            upload.counted_bytes += length
             done((upload.progress.received_bytes, False))
             return
-        self._acknowledge(tenant, digest, upload, length, done)
+        self._acknowledge(tenant, digest, upload, done)
 
-    def _acknowledge(self, tenant: str, digest: str, upload: _Upload, length: int, done: PutDone) -> None:
+    def _acknowledge(self, tenant: str, digest: str, upload: _Upload, done: PutDone) -> None:
         """The file is safe; say so only when its owner is, too."""
         size, now = upload.total_bytes, self._clock()
-        self.bytes_stored += length - size  # what was counted piece by piece is counted as a resource now
+        self.bytes_stored -= upload.counted_bytes  # it is counted as a resource from now on
 
         def committed(error: RemoraError | None) -> None:
             self._uploads.pop((tenant, digest), None)
@@ -285,7 +288,7 @@ class Store:
         self._uploads.pop((tenant, digest), None)
         self._tenant_bytes[tenant] = self._tenant_bytes.get(tenant, 0) - upload.total_bytes
         if isinstance(error, DataLossError):  # the file is gone
-            self.bytes_stored -= upload.progress.received_bytes
+            self.bytes_stored -= upload.counted_bytes
         if isinstance(error, ResourceExhaustedError):
             self._evict_unheld(upload.total_bytes)
 
@@ -359,7 +362,7 @@ class Store:
         """Forget a tenant that will not come back, with its unfinished uploads."""
         for owner, digest in [key for key in self._uploads if key[0] == tenant]:
             upload = self._uploads.pop((owner, digest))
-            self.bytes_stored -= upload.progress.received_bytes
+            self.bytes_stored -= upload.counted_bytes
             self._disk.submit(digest, partial(self._files.discard, upload.path), _ignore)
         for digest in list(self._owned.get(tenant, ())):
             self._disown(tenant, digest)

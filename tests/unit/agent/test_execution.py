@@ -1,0 +1,204 @@
+"""From operation to answer with workers that fail on demand: idempotency, cancellation, and memory given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_rooms import Box
+from fake_workers import FakeWorkers
+from remora.agent import operations
+from remora.agent.answers import Answer
+from remora.agent.core import Core
+from remora.agent.identity import Identity
+from remora.agent.logs import Log
+from remora.agent.policy import Limits, Policy
+from remora.agent.sessions import Session
+from remora.errors import AbortedError, CancelledError, NotFoundError, RemoraError, ResourceExhaustedError
+from remora.reactor import Reactor
+from remora.workers.contract import ModelSource, Result
+
+
+class Info:
+    description, licence, size_bytes = "", "", 1
+
+
+class Entry:
+    def __init__(self, name: str, path: Path) -> None:
+        digest = "sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of "foo"
+        self.source = ModelSource(name, digest, path, "onnx")
+        self.info = Info()
+
+
+class Bench:
+    def __init__(self, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        model.write_bytes(b"foo")
+        self.workers = FakeWorkers()
+        self.errors: list[BaseException] = []
+        self.reactor = Reactor(self.errors.append)
+        self.log = Log()
+        state = tmp_path / "state"
+        state.mkdir()
+        catalogue = {name: Entry(name, model) for name in ("m", "broken")}
+        policy = Policy(limits=Limits(queue_length_per_tenant=2))
+        self.core = Core(self.reactor, state, policy, self.workers, catalogue, self.log)
+        self.session = self.open("uid:1")
+        self.released: list[int] = []
+
+    def open(self, key: str) -> Session:
+        box: Box[Any] = Box()
+        self.core.sessions.create(Identity(key, key), box)
+        self.until(lambda: box.values)
+        session: Session = box.values[0][0]
+        return session
+
+    def until(self, condition: Any) -> None:
+        for _ in range(1000):
+            if condition():
+                return
+            self.reactor.run_once(0.01)
+        pytest.fail("it did not happen")
+
+    def infer(self, request_id: int = 0, model: str = "m") -> tuple[Any, Box[Answer | RemoraError]]:
+        tensor = operations.tensor("input", "uint8", [1], b"1")
+        operation = operations.infer(model, [tensor], [], deadline_s=None, request_id=request_id)
+        box: Box[Answer | RemoraError] = Box()
+        run = self.core.execution.run(self.session, operation, lambda: self.released.append(1), box)
+        return run, box
+
+    def until_values(self, box: Box[Any]) -> None:
+        self.until(lambda: box.values)
+
+    def until_job(self) -> None:
+        self.until(lambda: self.workers.jobs)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    opened = Bench(tmp_path)
+    yield opened
+    opened.core.close()
+    opened.reactor.close()
+    opened.log.close()
+    assert not opened.errors
+
+
+def test_a_model_is_loaded_once_before_its_first_request(bench: Bench) -> None:
+    _run, first = bench.infer()
+    bench.infer()
+    bench.until_job()
+    assert bench.workers.loads == [("shared", "m")]
+    bench.workers.finish()
+    assert isinstance(first.values[0], Answer)
+    assert bench.released == [1]
+
+
+def test_a_model_that_does_not_load_fails_its_requests_and_is_tried_again(bench: Bench) -> None:
+    for count in (1, 2):
+        _run, box = bench.infer(model="broken")
+        bench.until_values(box)
+        assert isinstance(box.values[0], RemoraError)
+        assert len(bench.workers.loads) == count
+    assert bench.released == [1, 1]
+
+
+def test_an_unknown_model_is_refused_with_the_catalogue(bench: Bench) -> None:
+    with pytest.raises(NotFoundError, match="broken, m"):
+        bench.infer(model="nothing")
+    assert bench.released == []
+
+
+def test_a_request_sent_again_joins_the_one_that_runs(bench: Bench) -> None:
+    _run, first = bench.infer(7)
+    bench.until_job()
+    _run, second = bench.infer(7)
+    assert len(bench.workers.jobs) == 1
+    bench.workers.finish(Result(run_us=5))
+    assert first.values[0] is second.values[0]
+
+
+def test_a_request_sent_again_is_answered_from_memory(bench: Bench) -> None:
+    released: list[int] = []
+    _run, first = bench.infer(7)
+    bench.until_job()
+    bench.workers.finish(Result(run_us=5, release=lambda: released.append(1)))
+    first.values[0].drop()  # type: ignore[union-attr]  # an answer
+    _run, second = bench.infer(7)
+    assert second.values == first.values
+    assert not bench.workers.jobs
+    second.values[0].drop()  # type: ignore[union-attr]  # an answer
+    assert released == []
+    bench.core.sessions.end(bench.session)
+    assert released == [1]
+
+
+def test_a_failed_request_is_run_again_when_it_is_sent_again(bench: Bench) -> None:
+    _run, first = bench.infer(7)
+    bench.until_job()
+    bench.workers.finish(AbortedError("killed two workers"))
+    assert isinstance(first.values[0], AbortedError)
+    bench.infer(7)
+    assert len(bench.workers.jobs) == 1
+
+
+def test_a_lost_connection_cancels_what_cannot_be_sent_again(bench: Bench) -> None:
+    run, box = bench.infer()
+    bench.until_job()
+    bench.core.execution.cancel(run)
+    assert bench.workers.jobs[0].cancelled
+    assert not box.values
+    assert bench.released == []  # the worker may still read
+    bench.workers.finish()
+    assert isinstance(box.values[0], CancelledError)
+    assert bench.released == [1]
+
+
+def test_a_lost_connection_lets_a_request_with_a_key_finish(bench: Bench) -> None:
+    run, _box = bench.infer(7)
+    bench.until_job()
+    bench.core.execution.cancel(run)
+    assert not bench.workers.jobs[0].cancelled
+    bench.workers.finish(Result(run_us=5))
+    _run, again = bench.infer(7)
+    assert isinstance(again.values[0], Answer)
+
+
+def test_a_waiting_request_is_dropped_with_its_connection(bench: Bench) -> None:
+    bench.infer()
+    run, waiting = bench.infer(8)
+    bench.until_job()
+    bench.core.execution.cancel(run)
+    assert isinstance(waiting.values[0], CancelledError)
+    bench.workers.finish()
+    assert not bench.workers.jobs
+
+
+def test_a_full_queue_refuses_and_keeps_no_trace(bench: Bench) -> None:
+    bench.infer()
+    bench.until_job()
+    bench.infer()
+    bench.infer()
+    with pytest.raises(ResourceExhaustedError, match="queue_length"):
+        bench.infer(9)
+    bench.workers.finish()
+    bench.infer(9)
+
+
+def test_a_session_that_ends_stops_its_requests(bench: Bench) -> None:
+    bench.infer(1)
+    bench.until_job()
+    _run, waiting = bench.infer(2)
+    bench.core.sessions.end(bench.session)
+    assert bench.workers.jobs[0].cancelled
+    assert isinstance(waiting.values[0], CancelledError)
+    bench.workers.finish()
+
+
+def test_an_idle_tenant_gives_its_workers_back(bench: Bench) -> None:
+    bench.core.sessions.end(bench.session)
+    bench.core.release_tenant("uid:1")
+    assert bench.workers.released == ["uid:1"]

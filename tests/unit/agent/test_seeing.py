@@ -1,0 +1,135 @@
+"""Logs, metrics and the small HTTP server: what an operator sees, and what a hostile peer cannot do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remora.agent.http import HttpServer, respond
+from remora.agent.logs import Log
+from remora.agent.metrics import MAX_SERIES, Metrics
+from remora.reactor import Reactor
+
+PAGES = {"/healthz": lambda: (200, "text/plain", b"ok\n")}
+
+
+def lines_of(write: object, *, json_lines: bool = False) -> list[str]:
+    read_fd, write_fd = os.pipe()
+    log = Log(write_fd, json_lines=json_lines)
+    write(log)  # type: ignore[operator]  # a function of a log
+    log.close()
+    os.close(write_fd)
+    with os.fdopen(read_fd) as stream:
+        return stream.read().splitlines()
+
+
+def test_a_line_is_json_with_its_fields() -> None:
+    (line,) = lines_of(lambda log: log.of_tenant("t", "refused", rule="limits.x", count=3), json_lines=True)
+    entry = json.loads(line)
+    assert entry["event"] == "refused"
+    assert entry["tenant"] == "t"
+    assert entry["rule"] == "limits.x"
+    assert entry["level"] == "warning"
+
+
+def test_a_guests_text_cannot_forge_a_line_or_fill_the_disk() -> None:
+    lines = lines_of(lambda log: log.of_tenant("t", "refused", model="x\n2026 error forged\x1b[2J" + "y" * 10_000))
+    assert len(lines) == 1
+    assert "\x1b" not in lines[0]
+    assert len(lines[0]) < 1000
+
+
+def test_one_tenants_flood_of_lines_is_cut_and_counted() -> None:
+    def flood(log: Log) -> None:
+        for _ in range(500):
+            log.of_tenant("noisy", "refused")
+        log.of_tenant("quiet", "refused")
+
+    lines = lines_of(flood)
+    assert 40 < len(lines) < 100
+    assert any("tenant=quiet" in line for line in lines)
+
+
+def test_a_reader_that_does_not_read_stops_nobody() -> None:
+    read_fd, write_fd = os.pipe()
+    log = Log(write_fd)
+    for _ in range(10_000):
+        log.info("x" * 100)
+    assert log.dropped > 0
+    os.close(read_fd)
+    log.close()
+    os.close(write_fd)
+
+
+def test_metrics_are_what_prometheus_reads() -> None:
+    metrics = Metrics()
+    metrics.answered("native", "Infer", "t", "OK")
+    metrics.ran("infer", "m", 100, 2000)
+    metrics.refused("t", "limits.x")
+    metrics.gauge("remora_sessions", "Sessions.", ("tenant",), lambda: [(("t",), 2.0)])
+    text = metrics.exposition().decode()
+    assert 'remora_requests_total{code="OK",door="native",method="Infer",tenant="t"} 1.0' in text
+    assert 'remora_refusals_total{rule="limits.x",tenant="t"} 1.0' in text
+    assert 'remora_run_seconds_bucket{le="0.0025",model="m",operation="infer"} 1.0' in text
+    assert 'remora_run_seconds_bucket{le="0.001",model="m",operation="infer"} 0.0' in text
+    assert 'remora_sessions{tenant="t"} 2.0' in text
+
+
+def test_tenants_that_come_and_go_do_not_make_the_metrics_grow_without_bound() -> None:
+    metrics = Metrics()
+    for number in range(MAX_SERIES + 500):
+        metrics.answered("native", "Infer", f"tenant-{number}", "OK")
+    assert len(metrics._requests) <= MAX_SERIES + 20
+    assert 'tenant="other"' in metrics.exposition().decode()
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET /healthz HTTP/1.1\r\n\r\n", 200),
+        (b"GET /healthz?x=1 HTTP/1.0\r\n\r\n", 200),
+        (b"GET /none HTTP/1.1\r\n\r\n", 404),
+        (b"POST /healthz HTTP/1.1\r\n\r\n", 405),
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /" + b"x" * 9000, 431),
+    ],
+)
+def test_the_http_server_answers_with_the_right_status(request_bytes: bytes, status: int) -> None:
+    assert respond(request_bytes, PAGES).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_get_an_answer(data: bytes) -> None:
+    assert respond(data, PAGES).startswith(b"HTTP/1.1 ")
+
+
+def test_a_slow_http_client_holds_up_nobody(tmp_path: Path) -> None:
+    reactor = Reactor()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "m.sock"))
+    listener.listen()
+    server = HttpServer(reactor, listener, PAGES)
+    with socket.socket(socket.AF_UNIX) as slow, socket.socket(socket.AF_UNIX) as quick:
+        slow.connect(str(tmp_path / "m.sock"))
+        slow.send(b"GET /hea")
+        quick.connect(str(tmp_path / "m.sock"))
+        quick.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+        quick.setblocking(False)
+        answer = b""
+        for _ in range(100):
+            reactor.run_once(0.05)
+            try:
+                answer += quick.recv(1000)
+            except BlockingIOError:
+                continue
+            if answer.endswith(b"ok\n"):
+                break
+    assert answer.endswith(b"ok\n")
+    server.close()
+    reactor.close()
