@@ -55,6 +55,7 @@ class Guest:
         self.sock = sock
         self.mux = mux.Mux(initiator=False)
         self.lock = threading.Lock()
+        self.sending = threading.Lock()
         self.events: list[mux.Event] = []
         self.changed = threading.Condition(self.lock)
         self.pending: dict[int, bytearray] = {}
@@ -108,13 +109,15 @@ class Guest:
             self.mux.close_write(stream)
 
     def flush(self) -> None:
-        while True:
-            with self.lock:
-                buffers = self.mux.outgoing()
-            if not buffers:
-                return
-            for buffer in buffers:
-                self.sock.sendall(buffer)
+        # Two threads flush: frames must leave whole and in order.
+        with self.sending:
+            while True:
+                with self.lock:
+                    buffers = self.mux.outgoing()
+                if not buffers:
+                    return
+                for buffer in buffers:
+                    self.sock.sendall(buffer)
 
     def do(self, call: Callable[[], int | None]) -> int | None:
         with self.lock:
