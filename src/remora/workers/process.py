@@ -166,13 +166,15 @@ class WorkerProcess:
         return int(pid)
 
     def _listen(self) -> None:
+        if self._stderr < 0:
+            return
         data = b""
         with contextlib.suppress(BlockingIOError):
             data = os.read(self._stderr, 65536)
         self._stderr_bytes += len(data)
         self._last_words = (self._last_words + data)[-_LAST_WORDS_BYTES:]
         if not data or self._stderr_bytes > _STDERR_BYTES:
-            self._reactor.unregister(self._stderr)
+            self._hang_up()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -186,8 +188,7 @@ class WorkerProcess:
         if self.dead:
             return
         self.dead = True
-        if self._stderr_bytes <= _STDERR_BYTES:
-            self._listen()
+        self._listen()
         self._signal()
         for queue in self._out.values():
             for _data, fd in queue:
@@ -196,7 +197,7 @@ class WorkerProcess:
             queue.clear()
         if self._start_timer is not None:
             self._start_timer.cancel()
-        for fd in (self._jobs.fileno(), self._control.fileno(), self._stderr):
+        for fd in (self._jobs.fileno(), self._control.fileno()):
             self._reactor.unregister(fd)
         self._close_fds()
         words = self.last_words()
@@ -227,10 +228,17 @@ class WorkerProcess:
         """Die from the loop, as a sender does not expect its worker to be gone on return."""
         self._reactor.call_soon(lambda: self.kill(reason))
 
+    def _hang_up(self) -> None:
+        """Close our end of stderr: who writes on gets EPIPE."""
+        if self._stderr >= 0:
+            self._reactor.unregister(self._stderr)
+            os.close(self._stderr)
+            self._stderr = -1
+
     def _close_fds(self) -> None:
         self._jobs.close()
         self._control.close()
-        os.close(self._stderr)
+        self._hang_up()
         if self._info_fd >= 0:
             os.close(self._info_fd)
             self._info_fd = -1

@@ -1,0 +1,465 @@
+"""The pool with real, confined workers: loading, running, cancelling, and surviving whatever dies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from remora.catalog.architectures import identity
+from remora.errors import (
+    AbortedError,
+    CancelledError,
+    DataLossError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    RemoraError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from remora.reactor import Reactor
+from remora.workers.contract import SHARED, Job, ModelSource, ModelSpec, Result, TensorView, WorkerInfo
+from remora.workers.pool import WorkerPool
+from remora.workers.settings import WorkerSettings
+
+OPSET = [helper.make_opsetid("", 17)]
+PATIENCE_S = 20.0
+
+
+class Rig:
+    """A reactor with a pool, and the waiting that a test needs."""
+
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        self.errors: list[BaseException] = []
+        self.reactor = Reactor(self.errors.append)
+        self.pool = WorkerPool(self.reactor, WorkerSettings(device="cpu", threads=2, **settings))
+        self.directory = directory
+
+    def until(self, condition: Callable[[], object]) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < end_s, "it did not happen in time"
+            self.reactor.run_once(0.1)
+        assert self.errors == []
+
+    def source(self, name: str, data: bytes, **more: Any) -> ModelSource:
+        path = self.directory / f"{name}.onnx"
+        path.write_bytes(data)
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        return ModelSource(**{"key": name, "digest": digest, "path": path, "format": "onnx", **more})
+
+    def load(self, domain: str, source: ModelSource) -> ModelSpec | RemoraError:
+        box: list[ModelSpec | RemoraError] = []
+        self.pool.load(domain, source, box.append)
+        assert box == [], "done is never called from within the call"
+        self.until(lambda: box)
+        return box[0]
+
+    def submit(self, job: Job) -> list[Result | RemoraError]:
+        box: list[Result | RemoraError] = []
+        self.pool.submit(job, box.append)
+        assert box == [], "done is never called from within the call"
+        return box
+
+    def run(self, job: Job) -> Result | RemoraError:
+        box = self.submit(job)
+        self.until(lambda: box)
+        return box[0]
+
+    def worker(self, domain: str = SHARED) -> WorkerInfo:
+        (found,) = [info for info in self.pool.workers() if info.domain == domain]
+        return found
+
+    def close(self) -> None:
+        self.pool.close()
+        self.reactor.close()
+
+
+@pytest.fixture(scope="module")
+def shared_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    rig = Rig(tmp_path_factory.mktemp("models"), standby=0)
+    assert isinstance(rig.load(SHARED, rig.source("identity", identity({}))), ModelSpec)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path, standby=0, backoff_first_s=0.05, stop_grace_s=0.3)
+    yield made
+    made.close()
+
+
+def tensor(array: np.ndarray[Any, Any], name: str = "input") -> TensorView:
+    return TensorView(name, array.dtype.name, array.shape, memoryview(array.tobytes()))
+
+
+def infer(array: np.ndarray[Any, Any], model: str = "identity", **more: Any) -> Job:
+    values: dict[str, Any] = {"operation": "infer", "domain": SHARED, "tenant": "t", "model": model}
+    return Job(**{**values, "inputs": (tensor(array),), **more})
+
+
+def slow_model(seconds: float) -> bytes:
+    """Return a model that loops for about so long (2 million rounds a second at most), then passes its input on."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Mul", ["v", "one"], ["v_out"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", TensorProto.FLOAT, [1]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v_out", TensorProto.FLOAT, [1]),
+        ],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["most", "yes", "input"], ["output"], body=body)],
+        "slow",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [1])],
+        [
+            numpy_helper.from_array(np.asarray(int(seconds * 300_000)), "most"),
+            numpy_helper.from_array(np.asarray(True), "yes"),
+            numpy_helper.from_array(np.ones(1, np.float32), "one"),
+        ],
+    )
+    return bytes(helper.make_model(graph, opset_imports=OPSET, ir_version=8).SerializeToString())
+
+
+def stubborn_model() -> bytes:
+    """Return a model that is one long matrix product: no stop request ends it, only a kill."""
+    size = 5000
+    graph = helper.make_graph(
+        [
+            helper.make_node("Expand", ["input", "shape"], ["a"]),
+            helper.make_node("MatMul", ["a", "a"], ["b"]),
+            helper.make_node("ReduceSum", ["b"], ["output"], keepdims=0),
+        ],
+        "stubborn",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 1])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [])],
+        [numpy_helper.from_array(np.asarray([size, size]), "shape")],
+    )
+    return bytes(helper.make_model(graph, opset_imports=OPSET, ir_version=8).SerializeToString())
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_in_the_arena_comes_back_without_a_copy_of_it(shared_rig: Rig) -> None:
+    block = shared_rig.pool.allocate("t", 602_112)
+    given = np.frombuffer(block.view, np.float32).reshape(1, 3, 224, 224)
+    given[...] = np.random.default_rng(1).random(given.shape, np.float32)
+    arena = shared_rig.pool._arenas["t"]
+    box = shared_rig.submit(infer(given, inputs=(TensorView("input", "float32", given.shape, block.view),)))
+    shared_rig.until(lambda: box)
+    result = box[0]
+    assert isinstance(result, Result)
+    (output,) = result.outputs
+    assert (output.name, output.dtype, output.shape) == ("output", "float32", (1, 3, 224, 224))
+    assert np.array_equal(np.frombuffer(output.data, np.float32), given.reshape(-1))
+    assert arena.locate(output.data) is not None
+    assert arena.used == 2 * 602_112, "the tensor that was given and the one that came back, and no copy"
+    result.release()
+    block.release()
+    assert arena.used == 0
+
+
+def test_a_tensor_elsewhere_is_copied_in_and_its_copy_freed(shared_rig: Rig) -> None:
+    given = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
+    result = shared_rig.run(infer(given, tenant="elsewhere"))
+    assert isinstance(result, Result)
+    assert np.array_equal(np.frombuffer(result.outputs[0].data, np.float32), given.reshape(-1))
+    result.release()
+    assert shared_rig.pool._arenas["elsewhere"].used == 0
+
+
+def test_an_empty_tensor_passes_too(shared_rig: Rig) -> None:
+    result = shared_rig.run(infer(np.zeros((0, 3, 2, 2), np.float32)))
+    assert isinstance(result, Result)
+    assert result.outputs[0].shape == (0, 3, 2, 2)
+    result.release()
+
+
+def test_many_jobs_in_flight_each_get_their_own_answer(shared_rig: Rig) -> None:
+    boxes = [shared_rig.submit(infer(np.full((1, 1, 50, 50), n, np.float32))) for n in range(200)]
+    shared_rig.until(lambda: all(boxes))
+    for number, (result,) in enumerate(boxes):
+        assert isinstance(result, Result)
+        assert set(np.frombuffer(result.outputs[0].data, np.float32)) == {number}
+        result.release()
+    assert shared_rig.pool._arenas["t"].used == 0
+
+
+def test_noop_needs_no_model_and_no_arena(shared_rig: Rig) -> None:
+    result = shared_rig.run(Job("noop", SHARED, "nobody", ""))
+    assert isinstance(result, Result)
+    assert (result.outputs, result.labels) == ((), ())
+    assert "nobody" not in shared_rig.pool._arenas
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "message"),
+    [
+        (infer(np.zeros((1, 1), np.float32)), InvalidArgumentError, r"is float32\[1, 1\]"),
+        (infer(np.zeros((1, 1, 1, 1))), InvalidArgumentError, "is float64"),
+        (infer(np.zeros((1, 1, 1, 1), np.float32), outputs=("z",)), InvalidArgumentError, "no output 'z'"),
+        (infer(np.zeros(1, np.float32), model="unknown"), NotFoundError, "unknown is not loaded"),
+        (Job("dance", SHARED, "t", "identity"), InvalidArgumentError, "no operation 'dance'"),
+        (Job("classify", SHARED, "t", "identity", image=memoryview(b"x")), InvalidArgumentError, "does not classify"),
+    ],
+)
+def test_a_wrong_job_is_a_clear_error_and_frees_its_memory(
+    shared_rig: Rig, job: Job, error: type[RemoraError], message: str
+) -> None:
+    outcome = shared_rig.run(job)
+    assert type(outcome) is error
+    assert message.replace("\\", "") in str(outcome)
+    assert shared_rig.pool._arenas["t"].used == 0
+
+
+def test_a_tenant_that_asks_for_more_than_its_arena_is_refused(shared_rig: Rig) -> None:
+    with pytest.raises(ResourceExhaustedError, match="arena"):
+        shared_rig.pool.allocate("greedy", 1 << 40)
+
+
+def test_slots_are_the_worker_threads(shared_rig: Rig) -> None:
+    assert shared_rig.pool.slots(SHARED, "identity") == 2
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_described_and_loading_it_again_is_no_work(shared_rig: Rig) -> None:
+    again = shared_rig.load(SHARED, shared_rig.source("identity", identity({})))
+    assert isinstance(again, ModelSpec)
+    assert (again.key, again.device, again.inputs[0].shape) == ("identity", "cpu", (-1, -1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "error"),
+    [
+        (b"this is no model", {}, InvalidArgumentError),
+        (identity({}), {"digest": "sha256:" + "0" * 64}, DataLossError),
+        (identity({}), {"task": "classification"}, InvalidArgumentError),
+        (identity({}), {"path": Path("/nowhere/model.onnx")}, NotFoundError),
+    ],
+)
+def test_a_wrong_model_file_is_a_clear_error(
+    shared_rig: Rig, data: bytes, more: dict[str, Any], error: type[RemoraError]
+) -> None:
+    outcome = shared_rig.load(SHARED, shared_rig.source("wrong", data, **more))
+    assert type(outcome) is error
+    assert "wrong" not in shared_rig.worker().models
+
+
+def test_an_unloaded_model_is_gone(shared_rig: Rig) -> None:
+    shared_rig.load(SHARED, shared_rig.source("brief", identity({})))
+    shared_rig.pool.unload(SHARED, "brief")
+    assert type(shared_rig.run(infer(np.zeros((1, 1, 1, 1), np.float32), model="brief"))) is NotFoundError
+
+
+def test_a_job_submitted_while_its_model_loads_waits_for_it(rig: Rig) -> None:
+    rig.pool.load(SHARED, rig.source("identity", identity({})), lambda _spec: None)
+    result = rig.run(infer(np.ones((1, 1, 1, 1), np.float32)))
+    assert isinstance(result, Result)
+    result.release()
+
+
+# -- domains ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_domain_has_a_worker_of_its_own_and_none_knows_anothers_model(rig: Rig) -> None:
+    rig.load("alice", rig.source("sha256:aa", identity({})))
+    rig.load("bob", rig.source("sha256:bb", identity({})))
+    assert rig.worker("alice").pid != rig.worker("bob").pid
+    foreign = infer(np.zeros((1, 1, 1, 1), np.float32), model="sha256:aa", domain="bob", tenant="bob")
+    assert type(rig.run(foreign)) is NotFoundError
+
+
+def test_a_released_domain_leaves_no_process_and_no_memory(rig: Rig) -> None:
+    rig.load("alice", rig.source("m", identity({})))
+    rig.run(infer(np.zeros((1, 1, 1, 1), np.float32), model="m", domain="alice", tenant="alice"))
+    pid = rig.worker("alice").pid
+    rig.pool.release_domain("alice")
+    rig.until(lambda: not psutil.pid_exists(pid))
+    assert rig.pool._arenas == {}
+    assert rig.pool.workers() == []
+
+
+def test_the_spare_worker_serves_the_first_domain_and_is_replaced(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, standby=1)
+    try:
+        (spare,) = rig.pool.workers()
+        rig.load("alice", rig.source("m", identity({})))
+        assert rig.worker("alice").id == spare.id
+        rig.until(lambda: len(rig.pool.workers()) == 2)
+    finally:
+        rig.close()
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_job_stops_and_its_worker_lives_on(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("slow", slow_model(600)))
+    pid = rig.worker().pid
+    box: list[Result | RemoraError] = []
+    handle = rig.pool.submit(infer(np.zeros(1, np.float32), model="slow"), box.append)
+    rig.until(lambda: rig.worker().busy == 1)
+    handle.cancel()
+    handle.cancel()
+    rig.until(lambda: box)
+    assert type(box[0]) is CancelledError
+    assert (rig.worker().pid, rig.worker().busy) == (pid, 0)
+    assert rig.pool._arenas["t"].used == 0
+    handle.cancel()
+
+
+def test_a_job_that_waits_behind_others_can_be_cancelled_too(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("slow", slow_model(600)))
+    first = [rig.pool.submit(infer(np.zeros(1, np.float32), model="slow"), lambda _outcome: None) for _ in range(2)]
+    box: list[Result | RemoraError] = []
+    rig.pool.submit(infer(np.zeros(1, np.float32), model="slow"), box.append).cancel()
+    for handle in first:
+        handle.cancel()
+    rig.until(lambda: box)
+    assert type(box[0]) is CancelledError
+
+
+def test_a_deadline_ends_a_job_in_time(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("slow", slow_model(600)))
+    started_s = time.monotonic()
+    outcome = rig.run(infer(np.zeros(1, np.float32), model="slow", deadline_s=started_s + 0.2))
+    assert type(outcome) is DeadlineExceededError
+    assert time.monotonic() - started_s < 2.0
+
+
+def test_a_job_that_no_request_stops_costs_its_worker_and_bystanders_are_answered(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("stubborn", stubborn_model()))
+    rig.load(SHARED, rig.source("slow", slow_model(3.0)))
+    pid = rig.worker().pid
+    bystander = rig.submit(infer(np.full(1, 7, np.float32), model="slow"))
+    stubborn = rig.submit(infer(np.zeros((1, 1), np.float32), model="stubborn", deadline_s=time.monotonic() + 0.5))
+    rig.until(lambda: stubborn)
+    assert type(stubborn[0]) is DeadlineExceededError
+    rig.until(lambda: bystander)
+    (result,) = bystander
+    assert isinstance(result, Result)
+    assert np.frombuffer(result.outputs[0].data, np.float32).tolist() == [7]
+    result.release()
+    assert rig.worker().pid != pid
+
+
+# -- dying ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_in_flight_is_run_again_once_when_its_worker_is_killed(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("slow", slow_model(0.5)))
+    box = rig.submit(infer(np.full(1, 3, np.float32), model="slow"))
+    rig.until(lambda: rig.worker().busy == 1)
+    os.kill(rig.worker().pid, signal.SIGKILL)
+    rig.until(lambda: box)
+    result = box[0]
+    assert isinstance(result, Result)
+    assert np.frombuffer(result.outputs[0].data, np.float32).tolist() == [3]
+    assert rig.worker().restarts == 1
+    assert rig.worker().models == ("slow",)
+
+
+def test_a_job_that_kills_two_workers_is_aborted_and_the_third_worker_serves(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("slow", slow_model(600)))
+    rig.load(SHARED, rig.source("identity", identity({})))
+    box = rig.submit(infer(np.zeros(1, np.float32), model="slow"))
+    for _ in range(2):
+        rig.until(lambda: box or any(info.busy for info in rig.pool.workers()))
+        os.kill(rig.worker().pid, signal.SIGKILL)
+        rig.until(lambda: box or not any(info.busy for info in rig.pool.workers()))
+    rig.until(lambda: box)
+    assert type(box[0]) is AbortedError
+    assert "two workers died" in str(box[0])
+    result = rig.run(infer(np.zeros((1, 1, 1, 1), np.float32)))
+    assert isinstance(result, Result)
+    result.release()
+
+
+def test_a_worker_over_its_memory_fails_the_job_or_dies_but_the_agent_goes_on(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["input"], ["big"]), helper.make_node("ReduceSum", ["big"], ["output"])],
+        "greedy",
+        [helper.make_tensor_value_info("input", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)],
+    )
+    data = helper.make_model(graph, opset_imports=OPSET, ir_version=8).SerializeToString()
+    rig = Rig(tmp_path, standby=0, tenant_memory_bytes=3 << 30)
+    try:
+        rig.load("alice", rig.source("greedy", data))
+        job = infer(np.asarray([1 << 31]), model="greedy", domain="alice", tenant="alice")
+        assert isinstance(rig.run(job), ResourceExhaustedError | AbortedError | InvalidArgumentError)
+        small = rig.run(infer(np.asarray([4]), model="greedy", domain="alice", tenant="alice"))
+        assert isinstance(small, Result)
+        small.release()
+    finally:
+        rig.close()
+
+
+def test_closing_answers_what_is_in_flight_and_leaves_nothing(tmp_path: Path) -> None:
+    before = _leftovers()
+    rig = Rig(tmp_path, standby=1)
+    rig.load(SHARED, rig.source("slow", slow_model(600)))
+    box = rig.submit(infer(np.zeros(1, np.float32), model="slow"))
+    rig.until(lambda: rig.worker().busy == 1)
+    rig.close()
+    assert type(box[0]) is UnavailableError
+    assert _leftovers() == before
+
+
+def _leftovers() -> tuple[set[int], list[str]]:
+    children = {process.pid for process in psutil.Process().children(recursive=True)}
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(int(fd))]
+    return children, sorted(link for link in links if "memfd" in link)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_workers_that_cannot_start_are_an_error_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path, standby=0, backoff_first_s=0.01)
+    try:
+        monkeypatch.setattr("remora.workers.launcher._BOOT", "raise SystemExit('no such module')")
+        outcome = rig.load(SHARED, rig.source("identity", identity({})))
+        assert type(outcome) is FailedPreconditionError
+        assert "no such module" in str(outcome)
+        monkeypatch.undo()
+        assert isinstance(rig.load(SHARED, rig.source("identity", identity({}))), ModelSpec)
+    finally:
+        rig.close()
+
+
+def test_without_confinement_it_works_too(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, standby=0, confinement="none")
+    try:
+        rig.load(SHARED, rig.source("identity", identity({})))
+        result = rig.run(infer(np.ones((1, 1, 1, 1), np.float32)))
+        assert isinstance(result, Result)
+        result.release()
+    finally:
+        rig.close()
