@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 from remora.client import tensors, values
 from remora.client.source import Source, read_picture
 from remora.errors import InvalidArgumentError, RemoraError
@@ -35,6 +38,16 @@ def model_name(model: Any) -> str:  # str, Model or AsyncModel
             f"model={model!r} names no model", fix="pass a name of session.models(), or what session.load() returned"
         )
     return name
+
+
+def new_request_id() -> int:
+    """Return a key for one request, unique among all that this session ever sends.
+
+    Counting is not enough: a microVM that is restored from a snapshot counts again what it counted before, and would
+    get the answers of its other past. Its kernel's generator repeats itself, too, until it is reseeded, and the clock
+    goes on from where it was; but no two pasts come here in the same nanosecond.
+    """
+    return (int.from_bytes(os.urandom(8), "little") ^ time.monotonic_ns()) or 1
 
 
 def limit(deadline: Optional[float], default_s: float) -> float:

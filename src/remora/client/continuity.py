@@ -44,7 +44,6 @@ class Continuity:
     def __init__(self, client: str) -> None:
         self._client = client
         self._token = b""
-        self._request_id = 0
         #: Counts sessions that the agent began for us without our models: what was loaded in an earlier epoch is gone.
         self.epoch = 0
         self.session_id = ""
@@ -74,11 +73,6 @@ class Continuity:
         """Start as a new client: the session belongs to another process (after fork)."""
         self._token = b""
         self.epoch += 1
-
-    def next_request_id(self) -> int:
-        # One bytecode on an int would do under the GIL; callers that need it across threads hold the session's lock.
-        self._request_id += 1
-        return self._request_id
 
     def check_size(self, size_bytes: int, what: str) -> None:
         """Raise before megabytes are sent that the agent would refuse.

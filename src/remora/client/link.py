@@ -82,7 +82,6 @@ class Link:
 
     def _renew_locks(self) -> None:
         self._lock = threading.Lock()  # held while a connection is being made
-        self._id_lock = threading.Lock()
         self._closing = threading.Event()
 
     @property
@@ -98,10 +97,6 @@ class Link:
         patience = Patience("connect", timeout_s=timeout_s, reconnect_s=timeout_s, now_s=time.monotonic())
         with self._lock:
             self._connect_first(patience)
-
-    def next_request_id(self) -> int:
-        with self._id_lock:
-            return self.continuity.next_request_id()
 
     def call(self, method: str, request: Message, response: Type[Response], *, timeout_s: float) -> Response:
         """Call one method; the request may be sent several times, so it must be idempotent or carry a request id.

@@ -112,7 +112,7 @@ class Session:
             NotFoundError: no such model, or no such file.
         """
         name = calls.model_name(model)
-        request = calls.classify_request(image, name, top, self._link.next_request_id())
+        request = calls.classify_request(image, name, top, calls.new_request_id())
         self._link.continuity.check_size(request.byte_size(), "Classify")
         return calls.labels(
             self._using(name, lambda left_s: self._call("Classify", request, v1.ClassifyResponse, left_s), deadline)
@@ -146,7 +146,7 @@ class Session:
             NotFoundError: no such model.
         """
         name = calls.model_name(model)
-        request, passed_arrays = calls.infer_request(name, inputs, outputs, self._link.next_request_id())
+        request, passed_arrays = calls.infer_request(name, inputs, outputs, calls.new_request_id())
         self._link.continuity.check_size(request.byte_size(), "Infer")
         answer = self._using(name, lambda left_s: self._call("Infer", request, v1.InferResponse, left_s), deadline)
         return calls.arrays_or_tensors(answer, passed_arrays if arrays is None else arrays)

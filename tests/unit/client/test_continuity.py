@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from remora.client import calls
 from remora.client.continuity import LONGEST_PAUSE_S, MAX_REFUSALS, Continuity, Patience
 from remora.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from remora.wire import remora_v1 as v1
@@ -43,11 +44,11 @@ def test_a_forked_process_does_not_present_its_parents_token() -> None:
     assert continuity.epoch > epoch
 
 
-def test_request_ids_go_on_in_a_new_session() -> None:
-    continuity = Continuity("test/1")
-    first = continuity.next_request_id()
-    continuity.greeted(answer(b"a"))
-    assert continuity.next_request_id() == first + 1
+def test_request_ids_differ_even_where_the_kernels_generator_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.urandom", bytes)  # as in two copies of a snapshot
+    ids = [calls.new_request_id() for _ in range(1000)]
+    assert len(set(ids)) > 990
+    assert all(0 < number < 1 << 64 for number in ids)
 
 
 def test_a_message_the_agent_would_refuse_is_refused_before_it_is_sent() -> None:
