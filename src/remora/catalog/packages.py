@@ -74,7 +74,7 @@ def fetch(packages: Sequence[Package], directory: Path) -> list[Path]:
 def _explain(names: str, stderr: str) -> None:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
-    reason = (errors or lines or ["no message"])[0]
+    reason = (errors or lines or ["no message"])[0].removeprefix("ERROR: ")
     if "No module named pip" in stderr:
         raise FailedPreconditionError("this Python has no pip", fix=f"run {sys.executable} -m ensurepip")
     if "DO NOT MATCH THE HASHES" in stderr:
