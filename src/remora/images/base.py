@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -117,8 +116,10 @@ def _run_mmdebstrap(
         *([f"--include={','.join(include)}"] if include else []),
         '--aptopt=Acquire::Languages "none"',
         '--aptopt=APT::Install-Recommends "false"',
-        # After unpacking, mmdebstrap runs no later hook for `extract`.
-        f'--{"extract" if variant == "minimal" else "customize"}-hook=sh {shlex.quote(str(_HOOK))} "$1"',
+        "--skip=cleanup/apt",  # the hook does it
+        # mmdebstrap runs no later hook for `extract`. The script goes as text: in a user namespace it runs
+        # as another user, who may not enter the directory that Remora lies in.
+        f"--{'extract' if variant == 'minimal' else 'customize'}-hook={_HOOK.read_text()}",
         suite,
         "-",
         *sources,

@@ -31,13 +31,16 @@ find usr/share/doc -mindepth 1 ! -type d ! -name 'copyright*' -delete
 find usr/share/doc -mindepth 1 -type d -empty -delete
 rm -rf usr/share/man usr/share/info usr/share/locale usr/share/lintian usr/share/bug usr/share/linda \
   var/cache/debconf var/cache/ldconfig var/log/*.log var/log/apt etc/apt/sources.list.d/*.sources \
-  etc/apt/sources.list.d/*.list etc/apt/sources.list etc/resolv.conf etc/hostname
+  etc/apt/sources.list.d/*.list etc/apt/sources.list etc/resolv.conf etc/hostname var/lib/apt/lists var/cache/apt
+[ "$REMORA_VARIANT" = minimal ] || mkdir -p var/lib/apt/lists/partial var/cache/apt/archives/partial
 rm -f var/lib/dpkg/*-old
 
 for tree in usr/lib/python3.*; do
-  [ -d "$tree" ] || continue
+  [ -x "usr/bin/${tree##*/}" ] || continue
   rm -rf "$tree"/lib2to3 "$tree"/pydoc_data "$tree"/idlelib "$tree"/ensurepip "$tree"/test "$tree"/turtledemo
   find "$tree" -name __pycache__ -prune -exec rm -rf {} +
-  # Bytecode that is never checked against its source: start-up reads half the files, and equal input gives equal bytes.
-  chroot . "/usr/bin/${tree##*/}" -m compileall -q --invalidation-mode unchecked-hash "/$tree"
+  # Bytecode that is never checked against its source: start-up reads half the files, and equal input gives equal bytes
+  # (without DONTWRITE the modules that compileall itself imports would get bytecode with a time in it).
+  PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 chroot . "/usr/bin/${tree##*/}" \
+    -m compileall -q -f --invalidation-mode unchecked-hash "/$tree"
 done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -62,5 +63,7 @@ def install_requirements(requirements: Path, version: str, target: Path) -> None
     # Scripts carry the path of the Python that ran pip, which does not exist in the image.
     remove_tree(target / "bin")
     if sys.version_info[:2] == tuple(int(part) for part in version.split(".")):
-        compile_argv = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"]
-        subprocess.run([*compile_argv, "-s", str(target), str(target)], check=False, capture_output=True)
+        argv = [sys.executable, "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash"]
+        # A package may carry files for other versions, which do not compile; they are imported from source, if ever.
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        subprocess.run([*argv, "-s", str(target), str(target)], check=False, capture_output=True, env=environment)
