@@ -189,7 +189,7 @@ class Sessions:
         return session.template and bool(identity.parent) and session.owner == f"sandbox:{identity.parent}"
 
     def _new(self, identity: Identity, *, token_hash: bytes | None, number: int) -> Session:
-        if self.per_tenant[identity.tenant] >= self._limits.sessions_per_tenant:
+        if self.per_tenant[identity.tenant] >= self._limits.sessions_per_tenant and not self._end_oldest(identity):
             raise ResourceExhaustedError(
                 f"this tenant has {self._limits.sessions_per_tenant} sessions (limits.sessions_per_tenant)",
                 fix="close sessions that are not needed, or ask the operator to raise it",
@@ -204,6 +204,18 @@ class Sessions:
         )
         self._admit(session)
         return session
+
+    def _end_oldest(self, identity: Identity) -> bool:
+        """End the identity's session that has been without a connection longest; False if all are connected.
+
+        A client that crashes in a loop and never presents a token would lock itself out for the lease otherwise.
+        """
+        for session_id in self._leases:
+            session = self._by_id[session_id]
+            if session.owner == identity.key:
+                self.end(session)
+                return True
+        return False
 
     def _admit(self, session: Session) -> None:
         self._by_id[session.id] = session

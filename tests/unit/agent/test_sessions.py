@@ -132,10 +132,20 @@ def test_an_ended_session_is_gone_after_a_restart(tmp_path: Path) -> None:
 
 def test_too_many_sessions_are_refused_by_name(tmp_path: Path) -> None:
     with rooms(tmp_path / "s", limits=Limits(sessions_per_tenant=1)) as room:
-        create(room, ALICE)
+        session, _token = create(room, ALICE)
+        room.sessions.connected(session)
         with pytest.raises(ResourceExhaustedError, match=r"limits\.sessions_per_tenant"):
             room.sessions.create(ALICE, ignore)
         create(room, BOB)
+
+
+def test_a_callers_own_disconnected_session_makes_room_for_its_next(tmp_path: Path) -> None:
+    with rooms(tmp_path / "s", limits=Limits(sessions_per_tenant=2)) as room:
+        oldest, token = create(room, ALICE)
+        _second, _token = create(room, ALICE)
+        create(room, ALICE)
+        assert not room.sessions.alive(oldest)
+        assert room.sessions.resume(ALICE, token) is None
 
 
 def test_too_many_models_are_refused_by_name(tmp_path: Path) -> None:
