@@ -10,7 +10,7 @@ TYPE_CHECKING = False  # typing's own costs 3 ms to import
 if TYPE_CHECKING:
     from remora.client.aio import AsyncModel as AsyncModel
     from remora.client.aio import AsyncSession as AsyncSession
-    from remora.client.aio import connect as aconnect  # noqa: F401 - a public name
+    from remora.client.aio import connect as connect_async
     from remora.client.ready import ready as ready
     from remora.client.session import Model as Model
     from remora.client.session import Session as Session
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from remora.errors import UnauthenticatedError as UnauthenticatedError
     from remora.errors import UnavailableError as UnavailableError
     from remora.errors import UnimplementedError as UnimplementedError
+
+    aconnect = connect_async
 
 __version__ = "0.1.0"
 

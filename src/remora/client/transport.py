@@ -40,11 +40,17 @@ def plan(address: Address) -> Tuple[int, SocketAddress]:
     return (socket.AF_INET6 if ":" in address.host else socket.AF_INET), (address.host, address.port)
 
 
-def prepare(sock: socket.socket) -> None:
-    """Set what both the blocking and the asyncio client want of a socket."""
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+def new_socket(address: Address) -> socket.socket:
+    """Return a socket that can be connected to `address`, with what both kinds of client want of it."""
+    sock = socket.socket(plan(address)[0], socket.SOCK_STREAM)
+    try:
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def open_socket(address: Address, timeout_s: float) -> socket.socket:
@@ -54,12 +60,10 @@ def open_socket(address: Address, timeout_s: float) -> socket.socket:
         OSError: nothing answers there.
         FailedPreconditionError: this Python has no such sockets.
     """
-    family, where = plan(address)
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = new_socket(address)
     try:
-        prepare(sock)
         sock.settimeout(timeout_s)
-        sock.connect(where)
+        sock.connect(plan(address)[1])
         sock.settimeout(None)
     except BaseException:
         sock.close()

@@ -47,7 +47,7 @@ tmp /new/tmp tmpfs nosuid,nodev 0 0
 #: Same for every build: a random one would change the image's bytes.
 _UUID = "72656d6f-7261-4000-8000-6775657374a1"
 #: Parts of the remora package that run in the guest; their bytes belong to the recipe.
-_PACKAGE_PARTS = ("__init__.py", "errors.py", "reactor.py", "wire", "client", "guest")
+_PACKAGE_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client", "guest")
 
 Progress = Callable[[str, float], None]
 
@@ -164,9 +164,7 @@ def _pack(root: Path, disk: Path) -> None:
         raise FailedPreconditionError(f"mkfs.erofs failed: {(done.stderr or done.stdout).strip()}")
 
 
-def _write_manifest(
-    built: Path, digest: str, release: str, packages: list[Package], hashes: dict[str, str]
-) -> None:
+def _write_manifest(built: Path, digest: str, release: str, packages: list[Package], hashes: dict[str, str]) -> None:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in sorted(built.iterdir())

@@ -20,7 +20,7 @@ _LATE_MODULES = ("traceback", "encodings.idna", "encodings.latin_1", "stringprep
 _LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/lib")
 _MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "etc", "root", "var")
 #: What the SDK consists of inside a container, below /run/remora/sdk.
-SDK_PARTS = ("__init__.py", "errors.py", "reactor.py", "wire", "client")
+SDK_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client")
 #: Runs in the guest's interpreter: prints the file of every module that PID 1 has imported, then of the late ones.
 _TRACE = """
 import sys
@@ -60,9 +60,7 @@ class GuestPython:
 
     def run(self, code: str, *arguments: str, stdin: str = "") -> str:
         folders = ":".join(str(self.tree / folder) for folder in _LIBRARY_FOLDERS)
-        loader = next(
-            path for folder in _LIBRARY_FOLDERS for path in (self.tree / folder).glob("ld-linux-x86-64.so.2")
-        )
+        loader = next(path for folder in _LIBRARY_FOLDERS for path in (self.tree / folder).glob("ld-linux-x86-64.so.2"))
         environment = {
             "PYTHONHOME": str(self.tree / "usr"),
             "PYTHONHASHSEED": "0",
