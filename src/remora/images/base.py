@@ -160,5 +160,7 @@ def _run_mmdebstrap(
         raise UnavailableError(
             f"mmdebstrap could not make a base of {suite} with {', '.join(include) or 'no packages'}: "
             + "; ".join(reason.removeprefix("E: ") for reason in reasons[:3]),
-            fix="check the package names, the suite and that apt-get update works here",
+            fix="install the distribution's keyring (debian-archive-keyring or ubuntu-keyring)"
+            if any("is not signed" in reason for reason in reasons)
+            else "check the package names, the suite and that apt-get update works here",
         )
