@@ -39,6 +39,7 @@ class HostEnd:
         self._reactor = Reactor()
         self._on_accelerator = on_accelerator
         self._pumps: list[FromDescriptor | ToDescriptor] = []
+        self._writers: list[socket.socket] = []
         services = {ACCELERATOR_PORT: self._accept} if on_accelerator is not None else {}
         self._channel = Channel(self._reactor, sock.fileno(), services, initiator=True)
         self._thread = threading.Thread(target=self._reactor.run, name="host end of the channel")
@@ -75,6 +76,8 @@ class HostEnd:
         self._thread.join()
         for pump in self._pumps:
             pump.close()
+        for writer in self._writers:
+            writer.close()
         self._reactor.close()
         self._sock.close()
 
@@ -86,6 +89,7 @@ class HostEnd:
 
     def _carry(self, stream: Stream, theirs: socket.socket) -> None:
         writer = theirs.dup()
+        self._writers.append(writer)
 
         def down_done() -> None:
             try:
@@ -97,8 +101,8 @@ class HostEnd:
 
         def cut() -> None:
             up.close()
-            if writer.fileno() >= 0:
-                down_done()
+            down.close()
+            writer.close()
 
         down = ToDescriptor(self._reactor, os.dup(theirs.fileno()), down_done)
         up = FromDescriptor(self._reactor, theirs.detach())
@@ -129,22 +133,20 @@ class GuestVm:
         )
         self._on_accelerator = on_accelerator
         self.serials = [f"layer-{index}" for index in range(len(layers))]
+        #: Lowest first. The guest's own OS lends its Python to the tests' containers.
+        self.layers = [OS_DISK_SERIAL, *self.serials]
 
     def __enter__(self) -> GuestVm:
         self._folder = Path(tempfile.mkdtemp(prefix="remora-guest-"))
         self._console = self._folder / "console"
         path = self._folder / "channel"
-        listener = socket.socket(socket.AF_UNIX)
-        try:
-            listener.bind(str(path))
-            listener.listen(1)
-            listener.settimeout(BOOT_TIMEOUT_S)
-            self.started_s = time.monotonic()
-            self.process = subprocess.Popen(self._argv(path), stdin=subprocess.DEVNULL)
-            sock, _ = listener.accept()
-        finally:
-            listener.close()
-        self.host = HostEnd(sock, self._on_accelerator)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._listener.settimeout(BOOT_TIMEOUT_S)
+        self.started_s = time.monotonic()
+        self.process = subprocess.Popen(self._argv(path), stdin=subprocess.DEVNULL)
+        self.host = HostEnd(self._listener.accept()[0], self._on_accelerator)
         self._clients: list[Client] = []
         try:
             self.client = self.new_client()
@@ -173,6 +175,15 @@ class GuestVm:
         request_class, response_class = METHODS[method]
         return self.client.call(SERVICE, method, request or request_class(), response_class, timeout_s=timeout_s)
 
+    def replace_host(self) -> None:
+        """Be another host: the old one's connection, and all it had open, is gone."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        self.host.close()
+        self.host = HostEnd(self._listener.accept()[0], self._on_accelerator)
+        self.client = self.new_client()
+
     def attach(self, process: str, name: str) -> socket.socket:
         sock = self.host.connect(STDIO_PORT)
         sock.sendall(f"{process} {name}\n".encode())
@@ -184,7 +195,7 @@ class GuestVm:
         argv += ["-smp", "1", "-m", str(self._memory_mib), "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
         argv += ["-serial", f"file:{self._console}", "-kernel", str(image.kernel), "-initrd", str(image.initrd)]
         argv += ["-append", self._arguments, "-device", "virtio-serial-device"]
-        argv += ["-chardev", f"socket,path={channel},id=channel"]
+        argv += ["-chardev", f"socket,path={channel},id=channel,reconnect=1"]
         argv += ["-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT_NAME}"]
         disks = [(OS_DISK_SERIAL, image.disk), *zip(self.serials, self._layers, strict=True)]
         for serial, path in disks:
@@ -198,4 +209,20 @@ class GuestVm:
         self.process.kill()
         self.process.wait()
         self.host.close()
+        self._listener.close()
         shutil.rmtree(self._folder)
+
+
+def read_until(sock: socket.socket, size: int) -> bytes:
+    """Return at least `size` bytes; fewer only at the end."""
+    got = b""
+    while len(got) < size and (part := sock.recv(1 << 16)):
+        got += part
+    return got
+
+
+def read_all(sock: socket.socket) -> bytes:
+    got = b""
+    while part := sock.recv(1 << 18):
+        got += part
+    return got

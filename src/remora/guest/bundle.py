@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from remora.wire.guest_v1 import Process
 
 CGROUP = "/remora/main"
+#: The accelerator's door and the SDK, as the container sees them.
+ADDRESS = "unix:///run/remora/accel.sock"
+SDK = "/run/remora/sdk"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: What container engines commonly grant; root in the image needs them to install, change owner and bind low ports.
 _CAPABILITIES = [
@@ -48,14 +51,22 @@ def bind(source: str, destination: str, readonly: bool) -> Dict[str, Any]:
     return _mount("bind", destination, "rbind", "ro" if readonly else "rw", "nosuid", "nodev", source=source)
 
 
-def process_json(process: Process, user: User) -> Dict[str, Any]:
-    """Return the `process` object: of config.json for the container, or alone for an exec."""
-    names = {entry.partition("=")[0] for entry in process.env}
-    env = list(process.env)
-    defaults = {"PATH": DEFAULT_PATH, "HOME": user.home, "HOSTNAME": ""}
+def environment(process: Process, user: User) -> List[str]:
+    """Return the process's environment: what was asked for, and what every process here can count on."""
+    wanted = dict(entry.partition("=")[::2] for entry in process.env)
+    defaults = {"PATH": DEFAULT_PATH, "HOME": user.home, "REMORA_ADDRESS": ADDRESS, "VACCEL_RPC_ADDRESS": ADDRESS}
     if process.terminal:
         defaults["TERM"] = "xterm"
-    env += [f"{name}={value}" for name, value in defaults.items() if value and name not in names]
+    python_path = wanted.get("PYTHONPATH", "")
+    if SDK not in python_path.split(":"):
+        # Last: an image that has a remora of its own uses that one.
+        wanted["PYTHONPATH"] = f"{python_path}:{SDK}" if python_path else SDK
+    return [f"{name}={value}" for name, value in {**defaults, **wanted}.items()]
+
+
+def process_json(process: Process, user: User) -> Dict[str, Any]:
+    """Return the `process` object: of config.json for the container, or alone for an exec."""
+    env = environment(process, user)
     value: Dict[str, Any] = {
         "terminal": process.terminal,
         "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},

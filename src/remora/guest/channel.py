@@ -89,6 +89,11 @@ class Stream:
         if self.open and count:
             self._channel.consumed(self, count)
 
+    def ignore_input(self) -> None:
+        """Credit and drop what the peer sends: this stream carries bytes one way."""
+        self.on_data = self._credit_and_drop
+        self.on_eof = _nothing
+
     def _credit_and_drop(self, data: memoryview) -> None:
         self.consumed(len(data))
 
@@ -222,6 +227,8 @@ class Channel:
                 count = os.readv(self._fd, [self._view[filled:]])
             except BlockingIOError:
                 break
+            except ConnectionResetError:
+                count = 0  # a socket whose peer has gone; the port itself never says so
             if count == 0:
                 self._retry_later()
                 break
@@ -243,7 +250,7 @@ class Channel:
             except BlockingIOError:
                 return
             except BrokenPipeError:
-                self._retry_later()  # a socket whose peer has gone; the port itself never says so
+                self._retry_later()
                 return
             self._out = self._out[taken:]
 
@@ -274,7 +281,11 @@ class Channel:
             else:
                 stream = self._streams.get(event.stream)
                 if stream is not None:
-                    self._on_stream(stream, kind, event)
+                    try:
+                        self._on_stream(stream, kind, event)
+                    except Exception as error:  # noqa: BLE001 - one stream's fault must not cost others their events
+                        self._reactor.on_error(error)
+                        stream.reset()
 
     def _on_stream(self, stream: Stream, kind: Type[Event], event: Any) -> None:
         if kind is Data:

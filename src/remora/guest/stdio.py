@@ -87,6 +87,8 @@ class Stdio:
             into.attach(stream)
             if name == "tty":
                 stream.on_data = lambda data: self._typed(into, data)
+        else:
+            stream.ignore_input()
         if output is not None:
             output.attach(stream)
         stream.on_reset = lambda: self._detach(name, stream)

@@ -47,9 +47,11 @@ def find(text: str, passwd: str, group: str) -> User:
     if entry is not None:
         name, home = entry[0], entry[5] or "/"
         uid, gid = _number(entry[2]), _number(entry[3]) or 0
-    groups = [number for number, members in _groups(group) if name and name in members]
+    groups = [gid] if name else []
+    groups += [number for number, members in _groups(group) if name in members and number != gid]
     if group_text:
-        gid, groups = _group_id(group_text, group), []
+        gid = _group_id(group_text, group)
+        groups = [gid]
     return User(uid or 0, gid, groups, home)
 
 
@@ -68,7 +70,7 @@ def _groups(group: str) -> List[Tuple[int, List[str]]]:
     for row in _rows(group, 4):
         number = _number(row[2])
         if number is not None:
-            found.append((number, row[3].split(",")))
+            found.append((number, [name for name in row[3].split(",") if name]))
     return found
 
 
