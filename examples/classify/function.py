@@ -1,4 +1,4 @@
-"""A function that says what is on pictures. It runs in a microVM without an accelerator, a driver or an ML library.
+r"""A function that says what is on pictures. It runs in a microVM without an accelerator, a driver or an ML library.
 
 Remora carries each picture to the host's accelerator and the answer back; `remora` needs no installation, every
 microVM has it. On a laptop the same file runs against a local agent:
