@@ -177,7 +177,7 @@ def _chart(report: Report) -> str:
                 f"<title>{html.escape(answer.photo)}: {answer.ms:.1f} ms</title></rect>"
             )
     bottom = len(rows) * height + 6
-    for second in range(int(end_s) + 1):
+    for second in range(0, int(end_s) + 1, max(1, round(end_s / 12))):
         x = left + second * scale
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}"/>')
         parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" class="tick">{second} s</text>')
@@ -208,7 +208,7 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1000px;margin:2rem auto;
 padding:0 1rem}
 h1{font-size:1.6rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .5rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:1px;background:var(--line);
+.tiles{display:grid;grid-template-columns:repeat(3,1fr);gap:1px;background:var(--line);
 border:1px solid var(--line)}
 .tiles div{background:var(--paper);padding:.7rem .9rem}.tiles b{display:block;font-size:1.35rem}
 .tiles span,small,.tick{opacity:.75;font-size:.82rem}
