@@ -41,23 +41,57 @@ SCRATCH_BYTES = 8192
 #: Bodies from here on get their block from `allocate`.
 ALLOCATE_BYTES = 65536
 
+#: Mappings kept for the next large body: how many, and up to which size.
+_KEEP_MAPPINGS, _KEEP_BYTES = 4, 1 << 20
+
 _HEADER_BYTES = HEADER.size
+_kept_mappings: List[mmap.mmap] = []
 
 
 class HeapBlock:
-    """A body in this process's own memory.
+    """A body in this process's own memory, which goes with its last view.
 
     A large one is an anonymous mapping: its pages cost nothing until bytes arrive, so a peer that announces 4 MiB and
-    sends nothing holds nothing.
+    sends nothing holds nothing. The last few mappings are used again, for fresh pages cost more than the bytes that are
+    received into them (588 KiB: 0.25 ms against 0.05 ms).
     """
 
     __slots__ = ("view",)
 
     def __init__(self, size: int) -> None:
-        self.view = memoryview(mmap.mmap(-1, size) if size >= ALLOCATE_BYTES else bytearray(size))
+        self.view = (_mapping(size) if size >= ALLOCATE_BYTES else memoryview(bytearray(size)))[:size]
 
     def release(self) -> None:
         """Do nothing: the memory goes with its last view."""
+
+
+def _mapping(size: int) -> memoryview:
+    for _ in range(len(_kept_mappings)):
+        try:
+            kept = _kept_mappings.pop(0)  # out of the list while it is looked at: no other thread may take it
+        except IndexError:
+            break
+        if size <= len(kept) <= 2 * size and _is_free(kept):
+            view = memoryview(kept)
+            _kept_mappings.append(kept)
+            return view
+        _kept_mappings.append(kept)
+    # Private: a shared mapping would be one memory for this process and its forks.
+    made = mmap.mmap(-1, size + -size % ALLOCATE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    view = memoryview(made)
+    if size <= _KEEP_BYTES:
+        _kept_mappings.append(made)
+        del _kept_mappings[:-_KEEP_MAPPINGS]
+    return view
+
+
+def _is_free(mapping: mmap.mmap) -> bool:
+    """True if nobody holds a view of `mapping`: only then does it let itself be resized, if only to its own size."""
+    try:
+        mapping.resize(len(mapping))
+    except BufferError:
+        return False
+    return True
 
 
 class FrameDecoder:
