@@ -20,6 +20,7 @@ from remora.images.blobs import Blob, convert_layer
 from remora.images.model import Image, ImageConfig, machine_architecture
 from remora.images.progress import Progress, silent
 from remora.images.store import ImageStore
+from remora.images.tools import leashed
 
 #: Files that a build makes get this time (2025-01-01), so that equal input gives equal bytes.
 SOURCE_DATE_EPOCH = 1735689600
@@ -136,7 +137,7 @@ def _run_mmdebstrap(
     with (
         open(tar, "wb") as out,
         subprocess.Popen(
-            argv,
+            leashed(argv),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.PIPE,

@@ -14,6 +14,7 @@ from remora.images.importer import add_source
 from remora.images.model import Image, full_name, machine_architecture
 from remora.images.progress import Progress, silent
 from remora.images.store import ImageStore
+from remora.images.tools import leashed
 
 _TRANSPORTS = ("docker://", "oci:", "oci-archive:", "docker-archive:", "docker-daemon:", "containers-storage:", "dir:")
 
@@ -51,7 +52,12 @@ def _copy(argv: list[str], reference: str, progress: Progress) -> None:
     progress(f"pulling {reference}", 0, 0)
     environment = {**os.environ, "LC_ALL": "C"}
     with subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        leashed(argv),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
     ) as process:
         try:
             for line in process.stdout or ():

@@ -11,6 +11,7 @@ from pathlib import Path
 from remora.errors import FailedPreconditionError, UnavailableError
 from remora.images.model import machine_architecture
 from remora.images.store import remove_tree
+from remora.images.tools import leashed
 from remora.images.tree_tar import LowerLayers
 
 _WHEEL_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -50,7 +51,7 @@ def install_requirements(requirements: Path, version: str, target: Path) -> None
     ]  # fmt: skip
     if "--hash=" in requirements.read_text():
         argv.append("--require-hashes")
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(leashed(argv), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[
             -2:

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from image_maker import describe
@@ -102,6 +103,34 @@ def test_an_unknown_package_is_named_and_leaves_nothing(store: ImageStore, examp
         debian_base(store, recipe.suite, "minimal", ("no-such-package",))
     assert [image.name for image in store.list()] == before
     assert list(store.tmp_dir.iterdir()) == []
+
+
+def test_a_killed_build_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "images")
+    script = (
+        "import sys, pathlib\n"
+        "from remora.images.base import debian_base\n"
+        "from remora.images.store import ImageStore\n"
+        "def progress(step, done, total): print(step, flush=True)\n"
+        "suite = sys.argv[2]\n"
+        "debian_base(ImageStore(pathlib.Path(sys.argv[1])), suite, 'minimal', (), progress=progress)\n"
+    )
+    suite = load_recipe(EXAMPLE).suite
+    assert suite is not None
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(store.root), suite], stdout=subprocess.PIPE, text=True
+    ) as build:
+        assert build.stdout is not None
+        for line in build.stdout:
+            if "downloading" in line:
+                break
+        helpers = psutil.Process(build.pid).children(recursive=True)
+        assert helpers
+        build.kill()
+    _, alive = psutil.wait_procs(helpers, timeout=20)
+    assert alive == []
+    with store.adding():
+        assert list(store.tmp_dir.iterdir()) == []
 
 
 def _wheel(directory: Path) -> Path:
