@@ -11,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 
 from remora.errors import (
     AbortedError,
@@ -21,12 +23,11 @@ from remora.errors import (
     ProtocolError,
     RemoraError,
     ResourceExhaustedError,
-    UnavailableError,
 )
 from remora.reactor import Reactor, Timer
 from remora.workers.arena import Arena
 from remora.workers.contract import ModelSource, ModelSpec, Result
-from remora.workers.jobs import PendingJob
+from remora.workers.jobs import PendingJob, aligned
 from remora.workers.process import WorkerProcess
 from remora.workers.protocol import Message, error_of, specs_of, text, whole
 from remora.workers.settings import WorkerSettings
@@ -44,6 +45,7 @@ class _Model:
     source: ModelSource
     spec: ModelSpec | None = None  # what it turned out to be, also while a new worker loads it again
     state: str = "wanted"  # wanted -> loading -> loaded
+    number: int = 0  # of the load, in this worker's protocol
     deaths: int = 0
     waiters: list[LoadDone] = field(default_factory=list)
 
@@ -64,6 +66,7 @@ class Domain:
         self._settings = settings
         self._take = take
         self._models: dict[str, _Model] = {}
+        self._numbers = count(1)
         self._arenas: dict[int, bool] = {}  # id -> mapped by the worker
         self._sizes: dict[tuple[object, ...], int] = {}
         self._backoff_s = 0.0
@@ -75,7 +78,10 @@ class Domain:
 
     def load(self, source: ModelSource, done: LoadDone) -> None:
         model = self._models.get(source.key)
-        if model is None or model.source.digest != source.digest:
+        if model is not None and model.source.digest != source.digest:
+            self.unload(source.key)
+            model = None
+        if model is None:
             model = self._models[source.key] = _Model(source)
         if model.state == "loaded" and model.spec is not None:
             spec = model.spec
@@ -89,11 +95,8 @@ class Domain:
         if model is None:
             return
         if self.process is not None and model.state != "wanted":
-            self.process.tell({"t": "unload", "key": key})
-        self._answer_load(model, CancelledError(f"model {key} was unloaded while it was loading"))
-        for pending in [job for job in self.waiting if job.job.model == key]:
-            self.waiting.remove(pending)
-            pending.finish(NotFoundError(f"model {key} was unloaded"))
+            self.process.tell({"t": "unload", "m": model.number})
+        self._give_up_model(model, CancelledError(f"model {key} was unloaded while it was loading"))
 
     def models(self) -> tuple[str, ...]:
         return tuple(key for key, model in self._models.items() if model.state == "loaded")
@@ -107,28 +110,22 @@ class Domain:
         try:
             fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            del self._models[source.key]
             problem = NotFoundError(f"the file of model {source.key} cannot be opened: {error.strerror}")
-            self._reactor.call_soon(lambda: self._answer_load(model, problem))
+            self._give_up_model(model, problem)
             return
         model.state = "loading"
+        model.number = next(self._numbers)
         manifest = {key: source.manifest[key] for key in ("preprocess", "scores") if key in source.manifest}
-        message = {"t": "load", "key": source.key, "format": source.format, "digest": source.digest}
+        message = {"t": "load", "m": model.number, "key": source.key, "format": source.format, "digest": source.digest}
         process.tell({**message, "task": source.task, "manifest": manifest}, fd)
 
     def _loaded(self, message: Message) -> None:
-        model = self._models.get(text(message.get("key"), "model"))
-        if model is None:
+        number = whole(message.get("m"), "model", 1 << 62)
+        model = next((model for model in self._models.values() if model.number == number), None)
+        if model is None or model.state != "loading":
             return  # unloaded meanwhile
-        if model.state != "loading":
-            raise ProtocolError("the worker loaded a model that was not asked for")
         if message["t"] == "refused":
-            error = error_of(message.get("error"))
-            del self._models[model.source.key]
-            self._answer_load(model, error)
-            for pending in [job for job in self.waiting if job.job.model == model.source.key]:
-                self.waiting.remove(pending)
-                pending.finish(error)
+            self._give_up_model(model, error_of(message.get("error")))
             return
         model.spec = ModelSpec(
             key=model.source.key,
@@ -142,11 +139,18 @@ class Domain:
         self._answer_load(model, model.spec)
         self._advance()
 
-    @staticmethod
-    def _answer_load(model: _Model, outcome: ModelSpec | RemoraError) -> None:
+    def _answer_load(self, model: _Model, outcome: ModelSpec | RemoraError) -> None:
         waiters, model.waiters = model.waiters, []
         for done in waiters:
-            done(outcome)
+            self._reactor.call_soon(partial(done, outcome))
+
+    def _give_up_model(self, model: _Model, error: RemoraError) -> None:
+        """Forget a model, and answer whoever waits for it."""
+        self._models.pop(model.source.key, None)
+        self._answer_load(model, error)
+        for pending in [job for job in self.waiting if job.job.model == model.source.key]:
+            self.waiting.remove(pending)
+            pending.finish(error, self._reactor.call_soon)
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -154,7 +158,7 @@ class Domain:
         model = self._models.get(pending.job.model)
         if model is None and pending.job.operation != "noop":
             problem = NotFoundError(f"model {pending.job.model} is not loaded", fix="load it first")
-            self._reactor.call_soon(lambda: pending.finish(problem))
+            pending.finish(problem, self._reactor.call_soon)
             return
         if pending.job.deadline_s is not None:
             delay_s = pending.job.deadline_s - time.monotonic()
@@ -172,7 +176,7 @@ class Domain:
         if pending.id not in self.jobs or self.process is None:
             if pending in self.waiting:
                 self.waiting.remove(pending)
-            self._reactor.call_soon(lambda: pending.finish(error))
+            pending.finish(error, self._reactor.call_soon)
             return
         process = self.process
         process.tell({"t": "cancel", "id": pending.id})
@@ -188,17 +192,16 @@ class Domain:
         process = self.process
         if process is None or not process.ready or process.dead:
             return False
-        spec = None
+        spec, number = None, 0
         if pending.job.operation != "noop":
             model = self._models.get(pending.job.model)
             if model is None or model.state != "loaded" or pending.arena is None or not self._mapped(pending.arena):
                 return False
-            spec = model.spec
+            spec, number = model.spec, model.number
         try:
-            data = pending.datagram(spec, self._sizes.get(pending.shapes(), 0))
+            data = pending.datagram(spec, number, self._sizes.get(pending.shapes(), 0))
         except RemoraError as error:
-            problem = error
-            self._reactor.call_soon(lambda: pending.finish(problem))
+            pending.finish(error, self._reactor.call_soon)
             return True
         self.jobs[pending.id] = pending
         process.send_job(data)
@@ -232,11 +235,19 @@ class Domain:
             outcome = pending.result(message, model.source if model is not None else None, run_us)
         del self.jobs[pending.id]
         self._failed_starts = 0
+        self._remember_size(pending, outcome)
         if pending.error is not None:
             if isinstance(outcome, Result):
                 outcome.release()
             outcome = pending.error
         pending.finish(outcome)
+
+    def _remember_size(self, pending: PendingJob, outcome: Result | RemoraError) -> None:
+        """The next job of these shapes gets a block of the right size at once."""
+        if isinstance(outcome, Result) and outcome.outputs and pending.shapes() not in self._sizes:
+            if len(self._sizes) >= _MOST_SIZES:
+                self._sizes.clear()
+            self._sizes[pending.shapes()] = sum(aligned(len(output.data)) for output in outcome.outputs)
 
     def _need(self, pending: PendingJob, size_bytes: int) -> None:
         """Answer a worker that found the outputs to be larger than their block."""
@@ -250,9 +261,6 @@ class Domain:
                 pass  # the worker is told so, and fails the job with the size that it needs
             else:
                 offset, length = block.offset, block.size
-                if len(self._sizes) >= _MOST_SIZES:
-                    self._sizes.clear()
-                self._sizes[pending.shapes()] = size_bytes
         if self.process is not None:
             self.process.tell({"t": "block", "id": pending.id, "off": offset, "len": length})
 
@@ -320,15 +328,20 @@ class Domain:
         self._backoff_s = 0.0 if lived_s > _HEALTHY_S else min(most, max(first, 2 * self._backoff_s))
         blamed, self._blameless = not self._blameless, False
         in_flight, self.jobs = list(self.jobs.values()), {}
-        survivors = [pending for pending in in_flight if pending.survive(reason, blamed=blamed)]
+        survivors = []
+        for pending in in_flight:
+            error = pending.verdict(reason, blamed=blamed)
+            if error is None:
+                survivors.append(pending)
+            else:
+                pending.finish(error, self._reactor.call_soon)
         self.waiting.extendleft(reversed(survivors))
         for model in list(self._models.values()):
             if model.state == "loading":
                 model.deaths += 1
             model.state = "wanted"
             if model.deaths >= 2:
-                del self._models[model.source.key]
-                self._answer_load(model, AbortedError(f"two workers died while they loaded this model: {reason}"))
+                self._give_up_model(model, AbortedError(f"two workers died while they loaded this model: {reason}"))
         if self._failed_starts >= _FAILED_STARTS:
             self._failed_starts = 0
             fix = "see the agent's log; `bwrap` and the Python packages of remora[node] must work for this user"
@@ -339,15 +352,13 @@ class Domain:
     def _fail_all(self, error: RemoraError) -> None:
         for model in list(self._models.values()):
             if model.waiters:
-                del self._models[model.source.key]
-                self._answer_load(model, error)
+                self._give_up_model(model, error)
         waiting, self.waiting = self.waiting, deque()
         for pending in waiting:
-            pending.finish(error)
+            pending.finish(error, self._reactor.call_soon)
 
-    def close(self, error: RemoraError | None = None) -> WorkerProcess | None:
-        """Kill the worker and answer whatever is in flight; returns the process, to be waited for."""
-        error = error or UnavailableError("the workers were shut down")
+    def close(self, error: RemoraError) -> None:
+        """Kill the worker and answer whatever is in flight."""
         process, self.process = self.process, None
         if self._restart is not None:
             self._restart.cancel()
@@ -355,7 +366,6 @@ class Domain:
             process.kill("it was closed")
         in_flight, self.jobs = self.jobs, {}
         for pending in in_flight.values():
-            pending.finish(pending.error or error)
+            pending.finish(pending.error or error, self._reactor.call_soon)
         self._fail_all(error)
         self._models.clear()
-        return process

@@ -13,11 +13,13 @@ from math import prod
 from remora.errors import AbortedError, InvalidArgumentError, RemoraError
 from remora.reactor import Timer
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.arena import Arena, ArenaBlock
+from remora.workers.arena import ALIGN, Arena, ArenaBlock
 from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, labels_of, outputs_of
 
 Done = Callable[[Result | RemoraError], None]
+#: A ranking must fit into a datagram.
+MOST_LABELS = 1000
 #: First guess for outputs whose size only running tells.
 _GUESS_BYTES = 64 * 1024
 
@@ -43,7 +45,7 @@ class PendingJob:
 
     # -- the way there ------------------------------------------------------------------------------------------------
 
-    def datagram(self, spec: ModelSpec | None, guess_bytes: int) -> bytes:
+    def datagram(self, spec: ModelSpec | None, number: int, guess_bytes: int) -> bytes:
         """Return the message for the worker; memory that it names is held from now on.
 
         Raises:
@@ -53,10 +55,10 @@ class PendingJob:
         self._free_memory()
         message: Message = {"t": self.job.operation, "id": self.id}
         if spec is not None and self.arena is not None:
-            message.update(m=spec.key, a=self.arena.id)
+            message.update(m=number, a=self.arena.id)
             if self.job.operation == "classify":
                 image = self.job.image or memoryview(b"")
-                message.update(off=self._place(image), len=len(image), top=self.job.top)
+                message.update(off=self._place(image), len=len(image), top=min(self.job.top, MOST_LABELS))
             else:
                 self._wanted = wanted_outputs(spec, self.job.outputs)
                 self.block = self.arena.allocate(guess_bytes or declared_bytes(self._wanted) or _GUESS_BYTES)
@@ -121,27 +123,31 @@ class PendingJob:
             return Result(outputs=views, run_us=run_us, release=block.release)
         return Result(run_us=run_us)
 
-    def finish(self, outcome: Result | RemoraError) -> None:
-        """Answer the caller, once, and let go of everything else."""
+    def finish(self, outcome: Result | RemoraError, later: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """Answer the caller, once, and let go of everything else.
+
+        The caller may do anything in its `done`, also end the domain: where that must not happen now, `later` makes
+        the call.
+        """
         done, self.done = self.done, None
         for timer in (self.timer, self.grace):
             if timer is not None:
                 timer.cancel()
         self.timer = self.grace = None
         self._free_memory()
-        if done is not None:
+        if done is not None and later is not None:
+            later(lambda: done(outcome))
+        elif done is not None:
             done(outcome)
 
-    def survive(self, reason: str, *, blamed: bool) -> bool:
-        """Note the death of its worker; False if the job is over with it."""
+    def verdict(self, reason: str, *, blamed: bool) -> RemoraError | None:
+        """Note the death of its worker; returns the error if the job is over with it."""
         if self.error is not None:
-            self.finish(self.error)
-            return False
+            return self.error
         self.attempts += blamed
         if self.attempts >= 2:
-            self.finish(AbortedError(f"two workers died while they ran this job; the last one: {reason}"))
-            return False
-        return True
+            return AbortedError(f"two workers died while they ran this job; the last one: {reason}")
+        return None
 
     def _free_memory(self) -> None:
         if self.block is not None:
@@ -169,5 +175,10 @@ def declared_bytes(outputs: Sequence[TensorSpec]) -> int:
     for output in outputs:
         if any(dim < 0 for dim in output.shape):
             return 0
-        total += (prod(output.shape) * DTYPES[output.dtype] + 63) // 64 * 64
+        total += aligned(prod(output.shape) * DTYPES[output.dtype])
     return total
+
+
+def aligned(size_bytes: int) -> int:
+    """Return the room that a worker needs for an output, which it places at a multiple of `ALIGN`."""
+    return (size_bytes + ALIGN - 1) // ALIGN * ALIGN

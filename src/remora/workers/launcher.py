@@ -161,7 +161,7 @@ def launch(
             stderr=stderr,
             pass_fds=fds,
             env=environment() if settings.confinement == "none" else {"PATH": os.environ.get("PATH", os.defpath)},
-            start_new_session=settings.confinement == "none",
+            start_new_session=True,  # a terminal's Ctrl-C is for the agent, which then ends its workers in order
         )
     except OSError as error:
         raise FailedPreconditionError(f"cannot start {argv[0]}: {error.strerror}", fix=_FIX_BWRAP) from error

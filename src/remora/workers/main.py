@@ -19,6 +19,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from json import loads
+from typing import NoReturn
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
@@ -57,7 +59,7 @@ class Worker:
         self._device = "auto"
         self._control_lock = threading.Lock()
         self._arenas: dict[int, mmap.mmap] = {}
-        self._models: dict[str, tuple[LoadedModel, Classifier | None]] = {}
+        self._models: dict[int, tuple[LoadedModel, Classifier | None]] = {}
         self._lock = threading.Lock()
         self._running: dict[int, Stop] = {}
         self._stopped_early: dict[int, None] = {}
@@ -92,7 +94,7 @@ class Worker:
         elif kind == "load":
             threading.Thread(target=self._load, args=(message, fd), daemon=True).start()
         elif kind == "unload":
-            self._models.pop(message["key"], None)
+            self._models.pop(message["m"], None)
         elif kind == "assign":
             self._assign(message)
 
@@ -104,7 +106,7 @@ class Worker:
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
 
     def _load(self, message: Message, fd: int) -> None:
-        key = message["key"]
+        number, key = message["m"], message["key"]
         try:
             with os.fdopen(fd, "rb") as file:
                 data = file.read(self._limits.model_bytes + 1)
@@ -114,22 +116,22 @@ class Worker:
                 raise DataLossError(f"the file of model {key} is not the one with digest {message['digest']}")
             model = _BACKENDS[message["format"]]().load(data, self._device, self._limits)
             classify = message["task"] == "classification"
-            self._models[key] = model, Classifier.from_manifest(model, message["manifest"]) if classify else None
+            self._models[number] = model, Classifier.from_manifest(model, message["manifest"]) if classify else None
             answer: Message = {
                 "t": "loaded",
-                "key": key,
+                "m": number,
                 "inputs": [[spec.name, spec.dtype, spec.shape] for spec in model.inputs],
                 "outputs": [[spec.name, spec.dtype, spec.shape] for spec in model.outputs],
                 "device": model.device,
                 "mem": model.memory_bytes,
             }
         except RemoraError as error:
-            answer = {"t": "refused", "key": key, "error": error_parts(error)}
+            answer = {"t": "refused", "m": number, "error": error_parts(error)}
         except MemoryError:
             full = ResourceExhaustedError("the model does not fit into the memory of its worker")
-            answer = {"t": "refused", "key": key, "error": error_parts(full)}
+            answer = {"t": "refused", "m": number, "error": error_parts(full)}
         except Exception as error:  # noqa: BLE001 - the border of a hostile model: reported, never swallowed
-            answer = {"t": "refused", "key": key, "error": error_parts(_unexpected(error))}
+            answer = {"t": "refused", "m": number, "error": error_parts(_unexpected(error))}
         self._tell(answer)
 
     def _tell(self, message: Message) -> None:
@@ -189,12 +191,12 @@ class Worker:
             return {"t": "done", "id": job["id"]}
         model, classifier = self._models.get(job["m"], (None, None))
         if model is None:
-            raise InternalError(f"model {job['m']} is not loaded in this worker")
+            raise InternalError("the model is not loaded in this worker")
         memory = self._arenas[job["a"]]
         if job["t"] == "classify":
             if classifier is None:
                 raise InvalidArgumentError(
-                    f"model {job['m']} does not classify pictures", fix="send tensors with infer, or use another model"
+                    "this model does not classify pictures", fix="send tensors with infer, or use another model"
                 )
             picture = memoryview(memory)[job["off"] : job["off"] + job["len"]]
             return {
@@ -248,8 +250,6 @@ class Worker:
 
 
 def _parse(data: bytes) -> Message:
-    from json import loads
-
     message: Message = loads(data)
     return message
 
@@ -264,6 +264,13 @@ def _size(spec: Spec) -> int:
 
 def _unexpected(error: Exception) -> InternalError:
     return InternalError(f"the worker failed: {type(error).__name__}: {error}")
+
+
+def _end(args: threading.ExceptHookArgs) -> NoReturn:
+    """End the process with a thread: one thread less, unnoticed, would be worse than a restart."""
+    sys.excepthook(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
+    sys.stderr.flush()
+    os._exit(70)
 
 
 def _confine_self(open_files: int, processes: int) -> None:
@@ -287,6 +294,7 @@ def main(argv: Sequence[str]) -> None:
     _confine_self(open_files, processes)
     if filtered:
         seccomp.install()
+    threading.excepthook = _end
     limits = Limits(model_bytes=model_bytes, pixels=pixels)
     worker = Worker(socket.socket(fileno=job_fd), socket.socket(fileno=control_fd), limits)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the agent's to handle

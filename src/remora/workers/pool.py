@@ -74,7 +74,7 @@ class WorkerPool:
         if job.operation not in _OPERATIONS:
             problem: RemoraError = InvalidArgumentError(f"workers have no operation {job.operation!r}")
             pending = PendingJob(next(self._job_ids), job, None, done)
-            self._reactor.call_soon(lambda: pending.finish(problem))
+            pending.finish(problem, self._reactor.call_soon)
             return _Handle(None, pending)
         arena = None if job.operation == "noop" else self._arena(job.tenant)
         pending = PendingJob(next(self._job_ids), job, arena, done)
@@ -83,7 +83,8 @@ class WorkerPool:
         return _Handle(domain, pending)
 
     def slots(self, domain: str, model: str) -> int:
-        return self._settings.threads
+        # One more than run at once waits in the worker, so that no thread idles while the agent answers the last one.
+        return self._settings.threads + 1
 
     def release_domain(self, domain: str) -> None:
         known = self._domains.pop(domain, None)
@@ -100,6 +101,7 @@ class WorkerPool:
         return [*found, *(self._info(spare, None) for spare in self._spares)]
 
     def close(self) -> None:
+        """Kill all workers and free everything; what was in flight is answered by the reactor's next turn."""
         if self._closed:
             return
         self._closed = True

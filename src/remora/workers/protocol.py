@@ -5,15 +5,15 @@ socket each: every job thread of a worker receives from the job socket itself (t
 thread, so there is no dispatcher between), and a cancel still arrives when all of them are busy.
 
 control, agent -> worker       assign{shared, memory, threads, device}  arena{id, size}+fd  drop{id}
-                               load{key, format, size, digest, task, manifest}+fd  unload{key}
+                               load{m, key, format, digest, task, manifest}+fd  unload{m}
                                cancel{id}  block{id, off, len}            answer to `need`; len 0: refused
-control, worker -> agent       hello{}  arena{id}  loaded{key, inputs, outputs, device, mem}  refused{key, error}
+control, worker -> agent       hello{}  arena{id}  loaded{m, inputs, outputs, device, mem}  refused{m, error}
 jobs, agent -> worker          noop{id}  infer{id, m, a, in, out, off, len}  classify{id, m, a, off, len, top}
 jobs, worker -> agent          done{id, us, out | labels}  failed{id, us, error}  need{id, len}
 
-A tensor is [name, dtype, shape, offset, length]; a spec [name, dtype, shape]; an error [code, message, fix]. The worker
-of a tenant may be hostile: whatever it sends is checked here, and what does not fit is a `ProtocolError`, which costs
-it its life.
+`m` numbers a load, so that an answer to an earlier one is not taken for this one's. A tensor is [name, dtype, shape,
+offset, length]; a spec [name, dtype, shape]; an error [code, message, fix]. The worker of a tenant may be hostile:
+whatever it sends is checked here, and what does not fit is a `ProtocolError`, which costs it its life.
 """
 
 from __future__ import annotations
@@ -89,7 +89,12 @@ def specs_of(value: object) -> tuple[TensorSpec, ...]:
     made = []
     for item in value:
         name, dtype, shape = _sequence(item, "tensor", 3)
-        if dtype not in DTYPES or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        if (
+            not isinstance(dtype, str)
+            or dtype not in DTYPES
+            or not isinstance(shape, list)
+            or len(shape) > MAX_DIMENSIONS
+        ):
             raise ProtocolError("the worker sent an impossible tensor description")
         if any(type(dim) is not int or not -1 <= dim < 1 << 40 for dim in shape):
             raise ProtocolError("the worker sent an impossible shape")

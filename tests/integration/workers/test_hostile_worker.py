@@ -34,7 +34,7 @@ def serve():
             say(control, {{'t': 'arena', 'id': message['id']}})
         if message['t'] == 'load':
             spec = [['input', 'float32', [-1, -1, -1, -1]]], [['output', 'float32', [-1, -1, -1, -1]]]
-            say(control, {{'t': 'loaded', 'key': message['key'], 'inputs': spec[0], 'outputs': spec[1],
+            say(control, {{'t': 'loaded', 'm': message['m'], 'inputs': spec[0], 'outputs': spec[1],
                            'device': 'cpu', 'mem': 1}})
 say(control, {{'t': 'hello'}})
 threading.Thread(target=serve).start()
@@ -61,7 +61,7 @@ ATTACKS = {
     "a wrong error": "say(jobs, {'t': 'failed', 'id': job['id'], 'us': 1, 'error': 'x'})",
     "an unknown message": "say(jobs, {'t': 'exec', 'id': job['id']})",
     "a second hello": "say(control, {'t': 'hello'})",
-    "a model that nobody loads": "say(control, {'t': 'loaded', 'key': 'm', 'inputs': [], 'outputs': []})",
+    "a model that nobody loads": "say(control, {'t': 'loaded', 'm': -1, 'inputs': [], 'outputs': []})",
     "a huge datagram": "jobs.send(b'{' + b' ' * 100000)",
     "a closed socket": "jobs.close(); control.close(); threading.Event().wait()",
     "a flood of errors": "os.write(2, b'x' * 65536 * 40); os._exit(3)",

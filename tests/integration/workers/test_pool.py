@@ -236,8 +236,8 @@ def test_a_tenant_that_asks_for_more_than_its_arena_is_refused(shared_rig: Rig) 
         shared_rig.pool.allocate("greedy", 1 << 40)
 
 
-def test_slots_are_the_worker_threads(shared_rig: Rig) -> None:
-    assert shared_rig.pool.slots(SHARED, "identity") == 2
+def test_slots_are_the_worker_threads_and_one_that_waits(shared_rig: Rig) -> None:
+    assert shared_rig.pool.slots(SHARED, "identity") == 3
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -422,8 +422,10 @@ def test_closing_answers_what_is_in_flight_and_leaves_nothing(tmp_path: Path) ->
     rig.load(SHARED, rig.source("slow", slow_model(600)))
     box = rig.submit(infer(np.zeros(1, np.float32), model="slow"))
     rig.until(lambda: rig.worker().busy == 1)
-    rig.close()
+    rig.pool.close()
+    rig.reactor.run_once(0)
     assert type(box[0]) is UnavailableError
+    rig.reactor.close()
     assert _leftovers() == before
 
 
