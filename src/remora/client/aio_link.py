@@ -114,10 +114,8 @@ class AsyncLink:
                     v1.SERVICE, method, request, response, timeout_s=patience.left_s(time.monotonic())
                 )
             except UnavailableError as error:
-                if connection.client.closed:
-                    patience.lost(error, time.monotonic())
-                else:
-                    await asyncio.sleep(patience.refused(error, time.monotonic()))
+                judge = patience.cut if connection.client.closed else patience.refused
+                await asyncio.sleep(judge(error, time.monotonic()))
             except DeadlineExceededError:
                 connection.suspect = True
                 raise

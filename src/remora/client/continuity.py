@@ -23,6 +23,8 @@ LONGEST_PAUSE_S = 1.0
 #: How often a request that the agent itself answered with UNAVAILABLE (it is shutting down, a worker is being replaced)
 #: is sent again. Bounded, since the answer may be lasting; a lost connection is bounded by time instead.
 MAX_REFUSALS = 4
+#: How often the connection may end under one call. The request itself may be what ends it.
+MAX_CUTS = 20
 #: Hello costs an agent microseconds. One that does not answer for so long is stuck, and another attempt is better.
 HELLO_TIMEOUT_S = 5.0
 #: How many times a first connection may be accepted and dropped before that is an error: a forwarder in the guest
@@ -103,6 +105,7 @@ class Patience:
         self._give_up_s: Optional[float] = None
         self._pause_s = FIRST_PAUSE_S
         self._refusals = 0
+        self._cuts = 0
         self._last_error: Optional[RemoraError] = None
 
     def left_s(self, now_s: float) -> float:
@@ -141,6 +144,22 @@ class Patience:
                 fix=error.fix or "see whether the agent runs: `remora agent status` on the host",
             ) from error
         return min(self._next_pause_s(), self.left_s(now_s), self._give_up_s - now_s)
+
+    def cut(self, error: RemoraError, now_s: float) -> float:
+        """Note that the connection ended while this call was under way; return the pause before it is sent again.
+
+        Raises:
+            UnavailableError: this has happened too often.
+            DeadlineExceededError: the call's own time is over.
+        """
+        self._cuts += 1
+        if self._cuts > MAX_CUTS:
+            raise UnavailableError(
+                f"{self._what}: the connection ended {self._cuts} times while this request was under way",
+                fix="the request may be what ends it: see the agent's log",
+            ) from error
+        pause_s = self.lost(error, now_s)
+        return 0.0 if self._cuts == 1 else pause_s
 
     def refused(self, error: UnavailableError, now_s: float) -> float:
         """Note that the agent answered UNAVAILABLE; return the pause, or raise the error if it seems lasting."""

@@ -112,10 +112,8 @@ class Link:
                     v1.SERVICE, method, request, response, timeout_s=patience.left_s(time.monotonic())
                 )
             except UnavailableError as error:
-                if connection.client.closed:
-                    patience.lost(error, time.monotonic())
-                else:
-                    self._closing.wait(patience.refused(error, time.monotonic()))
+                judge = patience.cut if connection.client.closed else patience.refused
+                self._closing.wait(judge(error, time.monotonic()))
             except DeadlineExceededError:
                 connection.suspect = True
                 raise

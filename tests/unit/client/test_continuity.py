@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from remora.client import calls
-from remora.client.continuity import LONGEST_PAUSE_S, MAX_REFUSALS, Continuity, Patience
+from remora.client.continuity import LONGEST_PAUSE_S, MAX_CUTS, MAX_REFUSALS, Continuity, Patience
 from remora.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from remora.wire import remora_v1 as v1
 
@@ -87,6 +87,16 @@ def test_the_calls_own_deadline_ends_the_waiting_and_tells_the_reason() -> None:
     patience.lost(UnavailableError("gone"), 0)
     with pytest.raises(DeadlineExceededError, match="within 1 s; last error: gone"):
         patience.left_s(1.5)
+
+
+def test_a_request_that_ends_every_connection_is_not_sent_for_ever() -> None:
+    patience = Patience("Infer", timeout_s=1000, reconnect_s=10, now_s=0)
+    assert patience.cut(UnavailableError("gone"), 0) == 0
+    for _ in range(MAX_CUTS - 1):
+        patience.back()
+        assert patience.cut(UnavailableError("gone"), 0) > 0
+    with pytest.raises(UnavailableError, match="while this request was under way"):
+        patience.cut(UnavailableError("gone"), 0)
 
 
 def test_an_agent_that_keeps_answering_unavailable_is_believed_at_last() -> None:
