@@ -25,18 +25,19 @@ RUNS = 7
 ISOLATED = """
 import sys
 sys.path.insert(0, sys.argv[1])
+standard = getattr(sys, "stdlib_module_names", None)  # Python 3.10; with -I -S nothing else can be found anyway
 
 class Refuse:
     # Anything that is not of the standard library or ours is an error, even if it is installed.
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top != "remora" and top not in sys.stdlib_module_names:
-            raise AssertionError(f"the SDK imports {name}")
+        if top != "remora" and standard is not None and top not in standard:
+            raise AssertionError("the SDK imports " + name)
 
 sys.meta_path.insert(0, Refuse())
-import array
+import array, asyncio, os
 import remora
-from remora.client import aio
+
 for name in remora.__all__:
     assert getattr(remora, name) is not None, name
 with remora.connect(sys.argv[2]) as session:
@@ -44,6 +45,27 @@ with remora.connect(sys.argv[2]) as session:
     assert session.load(b"a model").infer({"x": b"1"})["x"].tolist() == [49]
     assert len(session.classify(b"picture", top=2)) == 2
     assert session.ping() > 0
+    pid = os.fork()
+    if pid == 0:
+        session.ping()
+        session.close()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert session.ping() > 0
+assert remora.ready() in (True, False)
+
+async def twin():
+    async with remora.aio.connect(sys.argv[2]) as session:
+        model = await session.load(b"another model" * 200000)
+        answers = await asyncio.gather(*(model.infer({"x": bytes([n])}) for n in range(50)))
+        assert [answer["x"].tolist() for answer in answers] == [[n] for n in range(50)]
+        cancelled = asyncio.ensure_future(session.ping())
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait({cancelled})
+        assert await session.ping() > 0
+
+asyncio.run(twin())
 print("fine")
 """
 
@@ -53,7 +75,11 @@ def guest_side() -> list[Path]:
     return sorted({module for path in paths for module in (path.rglob("*.py") if path.is_dir() else [path])})
 
 
-def test_the_sdk_works_in_an_isolated_interpreter_with_nothing_but_its_own_directory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("minor", range(9, 15), ids=lambda minor: f"python3.{minor}")
+def test_the_sdk_works_isolated_with_nothing_but_its_own_directory(minor: int, tmp_path: Path) -> None:
+    python = sys.executable if minor == sys.version_info.minor else shutil.which(f"python3.{minor}")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode:
+        pytest.skip(f"python3.{minor} is not installed")
     for name in GUEST_SIDE:
         source = PACKAGE / name
         target = tmp_path / "sdk/remora" / name
@@ -61,7 +87,7 @@ def test_the_sdk_works_in_an_isolated_interpreter_with_nothing_but_its_own_direc
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
     with FakeAgent(tmp_path / "a.sock") as agent:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-W", "error", "-c", ISOLATED, str(tmp_path / "sdk"), agent.address],
+            [python, "-I", "-S", "-B", "-W", "error", "-c", ISOLATED, str(tmp_path / "sdk"), agent.address],
             capture_output=True,
             text=True,
             timeout=30,
