@@ -64,7 +64,7 @@ class Bundles:
         return bundle
 
     def create(self, session: Session, kind: int, digests: tuple[str, ...]) -> Bundle:
-        """Make a resource of stored blobs and register it with a session.
+        """Make a resource of stored blobs and register it with a session. It is safe once `Sessions.settle` says so.
 
         Raises:
             ResourceExhaustedError: the tenant has too many, all of them in use.

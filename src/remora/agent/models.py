@@ -218,7 +218,16 @@ class Models:
                     self.unload(session, model)
                 done(outcome)
             else:
+                self._sessions.settle(noted)
+
+        def noted(error: RemoraError | None) -> None:
+            if error is not None:
+                done(error)
+                return
+            try:
                 done(self.card(session.tenant, model))
+            except RemoraError as gone:  # evicted or detached meanwhile
+                done(gone)
 
         self.ensure(session, model, loaded, model_format)
 

@@ -290,6 +290,10 @@ class Sessions:
                 ("INSERT OR REPLACE INTO session_models VALUES (?,?,?)", (session.id, model, model_format))
             )
 
+    def settle(self, done: Callable[[RemoraError | None], None]) -> None:
+        """Call `done` once everything noted so far survives a crash of the agent."""
+        self._journal.write(done=done)
+
     def remove_model(self, session: Session, model: str) -> bool:
         """Forget a loaded model; False if the session had not loaded it."""
         if session.models is None or session.models.pop(model, None) is None:

@@ -167,19 +167,19 @@ def test_a_million_tiny_elements_are_refused(agent: AgentProcess) -> None:
 def test_wrong_enums_and_numbers_are_refused(agent: AgentProcess) -> None:
     with Client(agent.connect()) as client:
         service = vaccel.SERVICES[0]
-        session = client.call(service, "CreateSession", vaccel.CreateSessionRequest(), vaccel.CreateSessionResponse)
-        blob = vaccel.Blob(type_=1, name="m", data=b"x")
+        session = client.call(service, "CreateSession", vaccel.SessionCreateRequest(), vaccel.SessionCreateResponse)
+        blob = vaccel.ResourceBlob(type_=1, name="m", data=b"x")
         for request in (
-            vaccel.RegisterResourceRequest(session_id=session.session_id, resource_type=99, blobs=[blob]),
-            vaccel.RegisterResourceRequest(
-                session_id=session.session_id, blobs=[vaccel.Blob(type_=77, name="m", data=b"x")]
+            vaccel.ResourceRegisterRequest(session_id=session.session_id, resource_type=99, blobs=[blob]),
+            vaccel.ResourceRegisterRequest(
+                session_id=session.session_id, blobs=[vaccel.ResourceBlob(type_=77, name="m", data=b"x")]
             ),
-            vaccel.RegisterResourceRequest(session_id=session.session_id, resource_id=-5),
-            vaccel.RegisterResourceRequest(session_id=-1, blobs=[blob]),
-            vaccel.RegisterResourceRequest(session_id=session.session_id, blobs=[blob] * 65),
+            vaccel.ResourceRegisterRequest(session_id=session.session_id, resource_id=-5),
+            vaccel.ResourceRegisterRequest(session_id=-1, blobs=[blob]),
+            vaccel.ResourceRegisterRequest(session_id=session.session_id, blobs=[blob] * 65),
         ):
             with pytest.raises(RemoraError):
-                client.call(service, "RegisterResource", request, vaccel.RegisterResourceResponse)
+                client.call(service, "RegisterResource", request, vaccel.ResourceRegisterResponse)
 
 
 @pytest.mark.parametrize(

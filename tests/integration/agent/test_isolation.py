@@ -164,42 +164,42 @@ def test_a_tenant_cannot_get_another_tenants_remembered_answer(pair: Pair) -> No
 
 def test_a_tenant_cannot_use_another_tenants_vaccel_session(pair: Pair) -> None:
     created = pair.alice_vaccel.call(
-        SERVICE, "CreateSession", vaccel.CreateSessionRequest(), vaccel.CreateSessionResponse
+        SERVICE, "CreateSession", vaccel.SessionCreateRequest(), vaccel.SessionCreateResponse
     )
     for method, request in (
-        ("UpdateSession", vaccel.UpdateSessionRequest(session_id=created.session_id)),
-        ("DestroySession", vaccel.DestroySessionRequest(session_id=created.session_id)),
+        ("UpdateSession", vaccel.SessionUpdateRequest(session_id=created.session_id)),
+        ("DestroySession", vaccel.SessionDestroyRequest(session_id=created.session_id)),
         ("ImageClassification", vaccel.ImageRequest(session_id=created.session_id, image=b"x")),
     ):
         with pytest.raises(NotFoundError, match=f"Unknown session {created.session_id}"):
             pair.bob_vaccel.call(SERVICE, method, request, vaccel.Empty)
     pair.alice_vaccel.call(
-        SERVICE, "UpdateSession", vaccel.UpdateSessionRequest(session_id=created.session_id), vaccel.Empty
+        SERVICE, "UpdateSession", vaccel.SessionUpdateRequest(session_id=created.session_id), vaccel.Empty
     )
 
 
 def test_a_tenant_cannot_use_or_read_another_tenants_vaccel_resource(pair: Pair) -> None:
     sessions = [
-        client.call(SERVICE, "CreateSession", vaccel.CreateSessionRequest(), vaccel.CreateSessionResponse).session_id
+        client.call(SERVICE, "CreateSession", vaccel.SessionCreateRequest(), vaccel.SessionCreateResponse).session_id
         for client in (pair.alice_vaccel, pair.bob_vaccel)
     ]
-    blob = vaccel.Blob(type_=vaccel.BLOB_BUFFER, name="m", data=b"alice's bytes")
+    blob = vaccel.ResourceBlob(type_=vaccel.BlobType.BUFFER, name="m", data=b"alice's bytes")
     registered = pair.alice_vaccel.call(
         SERVICE,
         "RegisterResource",
-        vaccel.RegisterResourceRequest(session_id=sessions[0], resource_type=1, blobs=[blob]),
-        vaccel.RegisterResourceResponse,
+        vaccel.ResourceRegisterRequest(session_id=sessions[0], resource_type=1, blobs=[blob]),
+        vaccel.ResourceRegisterResponse,
     )
     number = registered.resource_id
     for method, request in (
-        ("RegisterResource", vaccel.RegisterResourceRequest(session_id=sessions[1], resource_id=number)),
-        ("UnregisterResource", vaccel.UnregisterResourceRequest(session_id=sessions[1], resource_id=number)),
-        ("SyncResource", vaccel.SyncResourceRequest(resource_id=number)),
+        ("RegisterResource", vaccel.ResourceRegisterRequest(session_id=sessions[1], resource_id=number)),
+        ("UnregisterResource", vaccel.ResourceUnregisterRequest(session_id=sessions[1], resource_id=number)),
+        ("SyncResource", vaccel.ResourceSyncRequest(resource_id=number)),
     ):
         with pytest.raises(NotFoundError, match=f"Unknown resource {number}"):
             pair.bob_vaccel.call(SERVICE, method, request, vaccel.Empty)
     synced = pair.alice_vaccel.call(
-        SERVICE, "SyncResource", vaccel.SyncResourceRequest(resource_id=number), vaccel.SyncResourceResponse
+        SERVICE, "SyncResource", vaccel.ResourceSyncRequest(resource_id=number), vaccel.ResourceSyncResponse
     )
     assert bytes(synced.blobs[0].data) == b"alice's bytes"
 

@@ -29,7 +29,6 @@ from remora.errors import (
 from remora.wire import vaccel
 from remora.wire.protobuf import Limits, Message
 from remora.wire.ttrpc.calls import Call
-from remora.wire.ttrpc.messages import Any as Detail
 
 NAME = "vaccel"
 _DECODE_LIMITS = Limits(max_depth=4, max_elements=4096)
@@ -37,28 +36,28 @@ _EMPTY = vaccel.Empty()
 _MAX_BLOBS = 64
 _MAX_NAME = 255
 _EUSERS = 87
-
-
-def _with_detail(error: RemoraError, detail: vaccel.Error) -> RemoraError:
-    error.details = (Detail(type_url=vaccel.ERROR_TYPE_URL, value=detail.to_bytes()),)
-    return error
+#: Bytes of an ImageClassification answer; a shorter one crashes upstream's client.
+_TAGS_BYTES = 1024
 
 
 def with_errno(error: RemoraError, number: int | None = None) -> RemoraError:
     """Let the error carry an errno (its own, unless given), as vAccel's clients expect it."""
-    return _with_detail(error, vaccel.Error(ffi_error=number or error.errno))
+    error.details = vaccel.error_details(ffi_error=number or error.errno)
+    return error
 
 
-def bad_value(text: str, kind: int = vaccel.ERROR_CONVERSION_FAILED) -> RemoraError:
+def bad_value(text: str, kind: int = vaccel.ErrorType.CONVERSION_FAILED) -> RemoraError:
     """Return the error by which vAccel's agent answers a value that cannot be."""
-    return _with_detail(InternalError(text), vaccel.Error(type=kind, status=vaccel.Status(message=text)))
+    error = InternalError(text)
+    error.details = vaccel.error_details(error_type=kind, status=vaccel.Status(message=text))
+    return error
 
 
 def tags_of(names: list[str]) -> bytes:
     """Return the text of labels as vAccel's clients expect it: NUL-padded, and never filled to the last byte."""
-    text = ", ".join(names).encode()[: vaccel.TAGS_BYTES - 1]
+    text = ", ".join(names).encode()[: _TAGS_BYTES - 1]
     text = text.decode(errors="ignore").encode()  # no half character at the cut
-    return text.ljust(vaccel.TAGS_BYTES, b"\0")
+    return text.ljust(_TAGS_BYTES, b"\0")
 
 
 class VaccelDoor:
@@ -99,51 +98,51 @@ class VaccelDoor:
         if not error.details and not isinstance(error, NotFoundError):
             error = with_errno(error)
         if call.fail(error):
-            known = call.method in vaccel.METHODS or call.method in vaccel.OTHER_METHODS
+            known = call.method in vaccel.METHODS
             self._core.refused(NAME, call.method if known else "unknown", peer, error)
 
     def _session(self, peer: Peer, number: int) -> Session:
         if number <= 0:
-            raise bad_value(f"Invalid session id {number}", vaccel.ERROR_INVALID_ARGUMENT)
+            raise bad_value(f"Invalid session id {number}", vaccel.ErrorType.INVALID_ARGUMENT)
         session = self._core.sessions.numbered(peer.identity, number)
         self._core.use_session(peer, session)
         return session
 
     # -- sessions ---------------------------------------------------------------------------------------------------
 
-    def _create_session(self, peer: Peer, call: Call, _request: vaccel.CreateSessionRequest) -> None:
+    def _create_session(self, peer: Peer, call: Call, _request: vaccel.SessionCreateRequest) -> None:
         def created(outcome: Session | RemoraError) -> None:
             if isinstance(outcome, RemoraError):
                 self._fail(peer, call, outcome)
                 return
             if not call.ended:
                 self._core.use_session(peer, outcome)
-            self._respond(peer, call, vaccel.CreateSessionResponse(session_id=outcome.number))
+            self._respond(peer, call, vaccel.SessionCreateResponse(session_id=outcome.number))
 
         try:
             self._core.sessions.create_numbered(peer.identity, created)
         except ResourceExhaustedError as error:
             raise with_errno(error, _EUSERS) from None
 
-    def _update_session(self, peer: Peer, call: Call, request: vaccel.UpdateSessionRequest) -> None:
+    def _update_session(self, peer: Peer, call: Call, request: vaccel.SessionUpdateRequest) -> None:
         self._session(peer, request.session_id)  # flags choose a plugin upstream; here the scheduler chooses
         self._respond(peer, call, _EMPTY)
 
-    def _destroy_session(self, peer: Peer, call: Call, request: vaccel.DestroySessionRequest) -> None:
+    def _destroy_session(self, peer: Peer, call: Call, request: vaccel.SessionDestroyRequest) -> None:
         session = self._session(peer, request.session_id)
         self._respond(peer, call, _EMPTY)
         self._core.sessions.end(session)
 
     # -- resources --------------------------------------------------------------------------------------------------
 
-    def _register_resource(self, peer: Peer, call: Call, request: vaccel.RegisterResourceRequest) -> None:
+    def _register_resource(self, peer: Peer, call: Call, request: vaccel.ResourceRegisterRequest) -> None:
         session = self._session(peer, request.session_id)
         if request.resource_id < 0:
-            raise bad_value(f"Invalid resource id {request.resource_id}", vaccel.ERROR_INVALID_ARGUMENT)
+            raise bad_value(f"Invalid resource id {request.resource_id}", vaccel.ErrorType.INVALID_ARGUMENT)
         if request.resource_id:
             bundle = self._bundles.find(session.tenant, request.resource_id)
             self._bundles.register(session, bundle)
-            self._respond(peer, call, vaccel.RegisterResourceResponse(resource_id=bundle.id))
+            self._acknowledge(peer, call, bundle.id)
             return
         self._check_blobs(request)
         digests: list[str] = []
@@ -177,10 +176,21 @@ class VaccelDoor:
         except RemoraError as error:
             self._fail(peer, call, error)
             return
-        self._respond(peer, call, vaccel.RegisterResourceResponse(resource_id=bundle.id))
+        self._acknowledge(peer, call, bundle.id)
+
+    def _acknowledge(self, peer: Peer, call: Call, number: int) -> None:
+        """Answer a registration once a crash cannot lose it."""
+
+        def settled(error: RemoraError | None) -> None:
+            if error is not None:
+                self._fail(peer, call, error)
+            else:
+                self._respond(peer, call, vaccel.ResourceRegisterResponse(resource_id=number))
+
+        self._core.sessions.settle(settled)
 
     @staticmethod
-    def _check_blobs(request: vaccel.RegisterResourceRequest) -> None:
+    def _check_blobs(request: vaccel.ResourceRegisterRequest) -> None:
         if request.paths:
             raise with_errno(
                 PermissionDeniedError(
@@ -190,30 +200,30 @@ class VaccelDoor:
             )
         if not request.blobs:
             raise InvalidArgumentError("No paths or blobs provided")
-        if not vaccel.RESOURCE_LIB <= request.resource_type <= vaccel.RESOURCE_MODEL:
+        if not vaccel.ResourceType.LIB <= request.resource_type <= vaccel.ResourceType.MODEL:
             raise bad_value(f"Invalid resource type {request.resource_type}")
         if len(request.blobs) > _MAX_BLOBS:
             raise InvalidArgumentError(f"{len(request.blobs)} blobs were sent, at most {_MAX_BLOBS} are allowed")
         for blob in request.blobs:
-            if not vaccel.BLOB_FILE <= blob.type_ <= vaccel.BLOB_MAPPED:
+            if not vaccel.BlobType.FILE <= blob.type_ <= vaccel.BlobType.MAPPED:
                 raise bad_value(f"Invalid blob type {blob.type_}")
-            if blob.type_ == vaccel.BLOB_FILE:
+            if blob.type_ == vaccel.BlobType.FILE:
                 raise InvalidArgumentError("a blob of type FILE has no bytes", fix="send type BUFFER or MAPPED")
             if not len(blob.data):
                 raise InvalidArgumentError("a blob is empty", fix="send its bytes as data")
             if len(blob.name) > _MAX_NAME:
                 raise InvalidArgumentError(f"a blob's name is longer than {_MAX_NAME} characters")
 
-    def _unregister_resource(self, peer: Peer, call: Call, request: vaccel.UnregisterResourceRequest) -> None:
+    def _unregister_resource(self, peer: Peer, call: Call, request: vaccel.ResourceUnregisterRequest) -> None:
         session = self._session(peer, request.session_id)
         if request.resource_id <= 0:
-            raise bad_value(f"Invalid resource id {request.resource_id}", vaccel.ERROR_INVALID_ARGUMENT)
+            raise bad_value(f"Invalid resource id {request.resource_id}", vaccel.ErrorType.INVALID_ARGUMENT)
         self._bundles.unregister(session, self._bundles.find(session.tenant, request.resource_id))
         self._respond(peer, call, _EMPTY)
 
-    def _sync_resource(self, peer: Peer, call: Call, request: vaccel.SyncResourceRequest) -> None:
+    def _sync_resource(self, peer: Peer, call: Call, request: vaccel.ResourceSyncRequest) -> None:
         if request.resource_id <= 0:
-            raise bad_value(f"Invalid resource id {request.resource_id}", vaccel.ERROR_INVALID_ARGUMENT)
+            raise bad_value(f"Invalid resource id {request.resource_id}", vaccel.ErrorType.INVALID_ARGUMENT)
         tenant = peer.identity.tenant
         bundle = self._bundles.find(tenant, request.resource_id)
         total = sum(self._core.store.size(tenant, digest) for digest in bundle.digests)
@@ -223,7 +233,7 @@ class VaccelDoor:
                 "(limits.message_bytes)",
                 fix="ask the operator to raise it",
             )
-        blobs: list[vaccel.Blob] = []
+        blobs: list[vaccel.ResourceBlob] = []
 
         def read(path: Path) -> None:
             self._core.disk.submit(bundle.digests[len(blobs)], path.read_bytes, append)
@@ -232,7 +242,7 @@ class VaccelDoor:
             if isinstance(data, RemoraError):
                 self._fail(peer, call, data)
                 return
-            blobs.append(vaccel.Blob(data=data, size=len(data)))
+            blobs.append(vaccel.ResourceBlob(data=data, size=len(data)))
             next_blob()
 
         def opened(path: Path | RemoraError) -> None:
@@ -245,7 +255,7 @@ class VaccelDoor:
 
         def next_blob() -> None:
             if len(blobs) == len(bundle.digests):
-                self._respond(peer, call, vaccel.SyncResourceResponse(blobs=blobs))
+                self._respond(peer, call, vaccel.ResourceSyncResponse(blobs=blobs))
                 return
             try:
                 self._core.store.open(tenant, bundle.digests[len(blobs)], opened)
