@@ -49,7 +49,7 @@ test: lint models guest ## every check: lint, unit, contract, integration, end t
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
 bench: setup models ## measure against named yardsticks, JSON out
-	@$(BIN)/remora bench --json
+	@$(BIN)/remora bench --output build/bench.json
 
 docs: setup ## check the documentation: links, command help, glossary
 	@$(BIN)/python scripts/check_docs.py
