@@ -78,7 +78,7 @@ def no_agent(tried: Sequence[Tuple[Address, Exception]]) -> UnavailableError:
     if where.kind == "vsock":
         fix = "start an agent on the host, or set REMORA_ADDRESS to where one listens"
     else:
-        command = f"remora agent --listen {where.url} --state DIR"
+        command = "remora agent" if where.origin == "default" else f"remora agent --listen {where.url}"
         fix = f"start one with `{command}`, or set REMORA_ADDRESS to where one listens"
     return UnavailableError(f"no agent found; tried {'; '.join(lines)}", fix=fix)
 
