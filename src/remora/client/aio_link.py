@@ -12,7 +12,6 @@ import time
 from collections import deque
 
 from remora.client import ready, transport
-from remora.client.aio_transport import open_client
 from remora.client.continuity import (
     CLOSE_TIMEOUT_S,
     HELLO_TIMEOUT_S,
@@ -31,13 +30,13 @@ from remora.errors import (
     UnavailableError,
 )
 from remora.wire import remora_v1 as v1
+from remora.wire.ttrpc.aio import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import AsyncGenerator, Deque, Iterable, List, Optional, Sequence, Tuple, Type, TypeVar
 
     from remora.client.address import Address
-    from remora.client.aio_transport import Client
     from remora.client.continuity import Continuity
     from remora.wire.protobuf import Message
 
@@ -214,7 +213,7 @@ class AsyncLink:
     async def _greet(self, address: Address, patience: Patience) -> Connection:
         timeout_s = min(patience.left_s(time.monotonic()), HELLO_TIMEOUT_S)
         try:
-            client = await open_client(address, timeout_s, max_message_bytes=MAX_ANSWER_BYTES)
+            client = await _open_client(address, timeout_s)
         except OSError as error:
             raise NobodyThereError(address, error) from error
         connection = Connection(client)
@@ -245,6 +244,22 @@ class AsyncLink:
         if self._connection is connection:
             self._connection = None
         await connection.client.close()
+
+
+async def _open_client(address: Address, timeout_s: float) -> Client:
+    """Return a connected client; OSError if nothing answers there in time."""
+    sock = transport.new_socket(address)
+    try:
+        sock.setblocking(False)
+        connecting = asyncio.get_running_loop().sock_connect(sock, transport.plan(address)[1])
+        await asyncio.wait_for(connecting, timeout_s)
+        return await Client.connect(sock, max_message_bytes=MAX_ANSWER_BYTES)
+    except asyncio.TimeoutError as error:  # another class than TimeoutError before Python 3.11
+        sock.close()
+        raise TimeoutError("no answer in time") from error
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _see_error(task: asyncio.Task[None]) -> None:
