@@ -47,7 +47,7 @@ tmp /new/tmp tmpfs nosuid,nodev 0 0
 #: Same for every build: a random one would change the image's bytes.
 _UUID = "72656d6f-7261-4000-8000-6775657374a1"
 #: Parts of the remora package that run in the guest; their bytes belong to the recipe.
-_PACKAGE_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client", "guest")
+PACKAGE_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client", "guest")
 
 Progress = Callable[[str, float], None]
 
@@ -68,7 +68,7 @@ def recipe_digest(packages: list[Package], package_folder: Path) -> str:
         state.update(f"{package.name} {package.version} {package.architecture}\n".encode())
     builder = Path(__file__).parent
     sources = sorted(builder.glob("guest_*.py"))
-    for part in _PACKAGE_PARTS:
+    for part in PACKAGE_PARTS:
         path = package_folder / part
         sources += sorted(p for p in path.rglob("*") if p.suffix in (".py", ".sh")) if path.is_dir() else [path]
     for path in sources:
