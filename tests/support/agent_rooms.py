@@ -39,7 +39,7 @@ class Rooms:
         self.wall_s = 1_000_000.0
         self.now_s = 1000.0
         self.ended: list[Session] = []
-        self.journal = Journal(state / "journal.sqlite", self.reactor.post)
+        self.journal = Journal(state / "journal.sqlite", self.reactor.post, self.errors.append)
         self.disk = DiskPool(self.reactor.post)
         self.files = ResourceFiles(state)
         self.store = Store(self.files, self.journal, self.disk, store_limits, limits, lambda: self.wall_s)

@@ -69,7 +69,7 @@ class Core:
         self.workers = workers
         self.log = log
         self.metrics = Metrics()
-        self.journal = Journal(state / "journal.sqlite", reactor.post)
+        self.journal = Journal(state / "journal.sqlite", reactor.post, self._journal_failed)
         self.disk = DiskPool(reactor.post)
         self.files = ResourceFiles(state)
         self.store = Store(self.files, self.journal, self.disk, policy.store, policy.limits)
@@ -159,6 +159,10 @@ class Core:
                     callback(tenant)
                 self.store.drop_tenant(tenant)
                 self.release_tenant(tenant)
+
+    def _journal_failed(self, error: RemoraError) -> None:
+        """What happened is right in memory; after a crash the agent would know an older state."""
+        self.log.error("journal write failed", error=str(error))
 
     # -- reporting --------------------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ class Execution:
     def _land(self, session: Session, flight: Flight, outcome: Answer | RemoraError) -> None:
         """Answer everyone who waits for a request with a key."""
         answer = outcome if isinstance(outcome, Answer) else None
-        keep = answer if self._sessions.alive(session) else None
+        keep = answer if not session.ended else None
         self._answers.end(session.tenant, flight, keep)
         for waiter in flight.waiters:
             waiter(answer.take() if answer is not None else outcome)

@@ -70,14 +70,23 @@ def _answer(waiting: Sequence[Done], error: RemoraError | None) -> None:
 class Journal:
     """The agent's database. Read it before the reactor runs; afterwards only `write`."""
 
-    def __init__(self, path: Path, post: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        post: Callable[[Callable[[], None]], None],
+        on_failure: Callable[[RemoraError], None],
+    ) -> None:
         """Open or create the database.
+
+        Args:
+            on_failure: Called in the reactor's thread when a write failed that nobody waits for.
 
         Raises:
             FailedPreconditionError: it is damaged, or written by a newer version.
         """
         self._path = path
         self._post = post
+        self._on_failure = on_failure
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -140,6 +149,8 @@ class Journal:
                 return
             error = _translate(failure, self._path)
         answered = [write.done for write in writes if write.done is not None]
+        if error is not None and not answered:
+            self._post(partial(self._on_failure, error))
         if answered:
             self._post(partial(_answer, answered, error))
 

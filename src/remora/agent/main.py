@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remora import __version__
@@ -34,7 +34,20 @@ class Options:
     ready_fd: int | None = None
 
 
+#: Descriptors for everything but callers' connections: files, workers, listeners, control, metrics.
+_RESERVED_DESCRIPTORS = 1024
+
 MakeWorkers = Callable[[Reactor, WorkerSettings], Workers]
+
+
+def _within_descriptors(policy: Policy) -> Policy:
+    """Return the policy with no more connections than this process can have descriptors for."""
+    wanted = policy.limits.connections + _RESERVED_DESCRIPTORS
+    allowed = lifecycle.raise_descriptor_limit(wanted)
+    if allowed >= wanted:
+        return policy
+    connections = max(1, allowed - min(_RESERVED_DESCRIPTORS, allowed // 2))
+    return replace(policy, limits=replace(policy.limits, connections=connections))
 
 
 def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers: MakeWorkers) -> int:
@@ -46,8 +59,7 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
     lifecycle.check_ready_fd(options.ready_fd)
     lifecycle.private_directory(options.state, "state directory")
     lifecycle.private_directory(options.control.parent, "run-time directory")
-    # Two descriptors for each file or socket of a connection's life, and room for workers and files.
-    lifecycle.raise_descriptor_limit(2 * options.policy.limits.connections + 1024)
+    policy = _within_descriptors(options.policy)
     with ExitStack() as stack:
         stack.enter_context(lifecycle.StateLock(options.state))
         log = Log(json_lines=options.json_log)
@@ -57,9 +69,9 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         for signum in (signal.SIGTERM, signal.SIGINT):
             reactor.on_signal(signum, reactor.stop)
         # Workers before sockets: whoever connects is served, and a node that cannot confine says so at once.
-        workers = make_workers(reactor, options.policy.workers)
+        workers = make_workers(reactor, policy.workers)
         stack.callback(workers.close)
-        agent = Agent(reactor, options.state, options.policy, workers, catalogue, log)
+        agent = Agent(reactor, options.state, policy, workers, catalogue, log)
         stack.callback(agent.close)
         agent.listen_metrics(options.metrics)
         agent.listen_control(options.control)
@@ -73,6 +85,7 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
             control=str(options.control),
             metrics=agent.metrics_address,
             models=len(catalogue),
+            connections=policy.limits.connections,
             sessions=len(agent.core.sessions),
         )
         lifecycle.announce(options.ready_fd, " ".join(addresses))

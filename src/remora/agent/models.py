@@ -214,7 +214,7 @@ class Models:
 
         def loaded(outcome: ModelSpec | RemoraError) -> None:
             if isinstance(outcome, RemoraError):
-                if self._sessions.alive(session):
+                if not session.ended:
                     self.unload(session, model)
                 done(outcome)
             else:

@@ -32,6 +32,7 @@ class Session:
 
     __slots__ = (
         "connections",
+        "ended",
         "holds",
         "id",
         "models",
@@ -55,6 +56,7 @@ class Session:
         self.number = number
         self.template = template
         self.connections = 0
+        self.ended = False
         #: The connection of a native session (a `peers.Peer`); a new one takes its place.
         self.peer: object | None = None
         #: Digests it keeps from eviction.
@@ -316,16 +318,13 @@ class Sessions:
 
     def disconnected(self, session: Session) -> None:
         session.connections -= 1
-        if session.id in self._by_id:
+        if not session.ended:
             self._start_lease(session)
 
     def _start_lease(self, session: Session) -> None:
         if not session.connections and not session.template:
             self._leases[session.id] = self._now_s() + self._limits.lease_s
             self._leases.move_to_end(session.id)
-
-    def alive(self, session: Session) -> bool:
-        return session.id in self._by_id
 
     def expire(self) -> None:
         """End the sessions whose lease is over; called now and then."""
@@ -338,8 +337,10 @@ class Sessions:
 
     def end(self, session: Session) -> None:
         """Forget a session and release what it holds. Ending it twice is no work."""
-        if self._by_id.pop(session.id, None) is None:
+        if session.ended:
             return
+        session.ended = True
+        del self._by_id[session.id]
         self._leases.pop(session.id, None)
         if session.token_hash is not None:
             self._by_token.pop(session.token_hash, None)

@@ -74,7 +74,8 @@ class NativeDoor:
                 # By itself and first: it is what the path through the agent costs, and nothing else.
                 self._session(peer, call)
                 request = v1.NoopRequest.decode(call.payload, limits=_DECODE_LIMITS)
-                self._respond(peer, call, v1.NoopResponse(data=request.data) if request.data else _EMPTY)
+                call.respond(v1.NoopResponse(data=request.data))
+                self._core.metrics.answered(NAME, "Noop", peer.identity.tenant, "OK")
                 return
             if call.method == "Hello":
                 self._hello(peer, call, v1.HelloRequest.decode(call.payload, limits=_DECODE_LIMITS))
@@ -93,7 +94,7 @@ class NativeDoor:
         session = peer.session
         if session is None:
             raise FailedPreconditionError(f"{call.method} before Hello", fix="say Hello first on every connection")
-        if not self._core.sessions.alive(session):
+        if session.ended:
             raise FailedPreconditionError("the session of this connection has ended", fix="connect again and say Hello")
         return session
 
@@ -207,7 +208,7 @@ class NativeDoor:
                 self._fail(peer, call, outcome, digest)
                 return
             received, complete = outcome
-            if complete and self._core.sessions.alive(session):
+            if complete and not session.ended:
                 self._core.sessions.hold(session, digest)
             self._respond(peer, call, v1.PutResourceResponse(received_bytes=received, complete=complete))
 

@@ -151,7 +151,7 @@ class VaccelDoor:
         def next_blob(outcome: str | RemoraError | None) -> None:
             if isinstance(outcome, str):
                 digests.append(outcome)
-                if self._core.sessions.alive(session):
+                if not session.ended:
                     self._core.sessions.hold(session, outcome)
             if not isinstance(outcome, RemoraError) and len(digests) < len(request.blobs):
                 try:
@@ -163,7 +163,7 @@ class VaccelDoor:
             call.release()
             if isinstance(outcome, RemoraError):
                 self._fail(peer, call, outcome)
-            elif not self._core.sessions.alive(session):
+            elif session.ended:
                 self._fail(peer, call, NotFoundError(f"Unknown session {session.number}"))
             else:
                 self._registered(peer, call, session, request.resource_type, tuple(digests))
