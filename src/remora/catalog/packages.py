@@ -6,7 +6,9 @@ pinned (`--require-hashes`), nothing of it is ever imported or installed, and ea
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from remora.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, UnavailableError
+from remora.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 
 _TIMEOUT_S = 600
 _MAX_FILE_BYTES = 1 << 30
@@ -49,6 +57,7 @@ def fetch(packages: Sequence[Package], directory: Path) -> list[Path]:
     Raises:
         FailedPreconditionError: this Python has no pip.
         DataLossError: a wheel is not the one that is pinned.
+        ResourceExhaustedError: the disk is full.
         UnavailableError: the download failed.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
@@ -63,7 +72,7 @@ def fetch(packages: Sequence[Package], directory: Path) -> list[Path]:
             raise UnavailableError(f"pip did not finish within {_TIMEOUT_S} s", fix="check the network") from error
     names = ", ".join(package.requirement for package in packages)
     if done.returncode != 0:
-        _explain(names, done.stderr)
+        _explain(names, directory, done.stderr)
     by_digest = {_sha256(path): path for path in directory.glob("*.whl")}
     try:
         return [by_digest[package.sha256] for package in packages]
@@ -71,12 +80,14 @@ def fetch(packages: Sequence[Package], directory: Path) -> list[Path]:
         raise DataLossError(f"pip brought other files than the pinned {names}") from error
 
 
-def _explain(names: str, stderr: str) -> None:
+def _explain(names: str, directory: Path, stderr: str) -> None:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     reason = (errors or lines or ["no message"])[0].removeprefix("ERROR: ")
     if "No module named pip" in stderr:
         raise FailedPreconditionError("this Python has no pip", fix=f"run {sys.executable} -m ensurepip")
+    if os.strerror(errno.ENOSPC) in stderr:
+        raise ResourceExhaustedError(f"{names} did not fit into {directory}: the disk is full", fix="free some space")
     if "DO NOT MATCH THE HASHES" in stderr:
         raise DataLossError(f"the package index serves other files for {names} than the pinned ones", fix=reason)
     raise UnavailableError(

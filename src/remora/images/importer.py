@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from remora.errors import NotFoundError
+from remora.errors import InvalidArgumentError, NotFoundError
 from remora.images.archives import Files, ImageSource, Layer, find_image
 from remora.images.blobs import convert_layer, copy_unpacked
 from remora.images.limits import DEFAULT_LIMITS, Limits
 from remora.images.model import Image, full_name
 from remora.images.progress import Progress, silent
 from remora.images.store import Adding, ImageStore
+
+_WHAT_IT_TAKES = "import takes an OCI layout, as a directory or tar, or a file that docker save wrote"
 
 
 def import_image(
@@ -41,7 +43,7 @@ def import_image(
         NotFoundError, InvalidArgumentError, DataLossError, ResourceExhaustedError: nothing was added then.
     """
     if not source.exists():
-        raise NotFoundError(f"there is no {source} to import")
+        raise NotFoundError(f"there is no {source} to import", fix=_WHAT_IT_TAKES)
     with store.adding() as adding:
         path = source
         if source.is_file():
@@ -49,7 +51,12 @@ def import_image(
             with open(unpacked, "wb") as file:
                 if copy_unpacked(source, file, limits):
                     path = unpacked
-        found = find_image(Files(path), reference, architecture)
+        try:
+            found = find_image(Files(path), reference, architecture)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(
+                f"{source} cannot be imported: {error.message}", fix=error.fix or _WHAT_IT_TAKES
+            ) from error
         return add_source(adding, found, name or default_name(found, source), progress=progress, limits=limits)
 
 
