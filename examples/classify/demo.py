@@ -32,10 +32,10 @@ from remora.catalog.local import LocalModel
 from remora.catalog.photos import fetch_photos
 from remora.errors import RemoraError
 from remora.images.build import build_image
-from remora.images.guest_os import build_guest_image
 from remora.images.store import ImageStore
 from remora.sandboxes.leftovers import find_leftovers
 from remora.sandboxes.options import Options
+from remora.sandboxes.prepare import guest_files
 from remora.sandboxes.sandbox import Sandbox
 from remora.sandboxes.spawner import close_shared
 from remora.sandboxes.templates import Templates
@@ -150,7 +150,7 @@ def _prepare(console: Console) -> tuple[list[Photo], str]:
         labels = entry.source.manifest["labels"]
         found = fetch_photos(report=report("photographs", "20 labelled photographs"))
         guest = report("guest", "guest OS image")
-        build_guest_image(paths.state_dir(), progress=lambda step, fraction: guest(step, fraction, 1))
+        guest_files(paths.state_dir(), lambda step, fraction: guest(step, fraction, 1))
         image = build_image(ImageStore(), HERE, progress=report("image", "function image"))
     photos = [Photo(photo.name, photo.path, photo.class_index, labels[photo.class_index]) for photo in found]
     return photos, image.name
