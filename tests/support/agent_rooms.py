@@ -40,7 +40,7 @@ class Rooms:
         self.now_s = 1000.0
         self.ended: list[Session] = []
         self.journal = Journal(state / "journal.sqlite", self.reactor.post, self.errors.append)
-        self.disk = DiskPool(self.reactor.post)
+        self.disk = DiskPool(self.reactor.post, self.errors.append)
         self.files = ResourceFiles(state)
         self.store = Store(self.files, self.journal, self.disk, store_limits, limits, lambda: self.wall_s)
         self.sessions = Sessions(self.journal, self.store, limits, lambda: self.now_s, self.ended.append)

@@ -70,7 +70,7 @@ class Core:
         self.log = log
         self.metrics = Metrics()
         self.journal = Journal(state / "journal.sqlite", reactor.post, self._journal_failed)
-        self.disk = DiskPool(reactor.post)
+        self.disk = DiskPool(reactor.post, self._disk_failed)
         self.files = ResourceFiles(state)
         self.store = Store(self.files, self.journal, self.disk, policy.store, policy.limits)
         self.sessions = Sessions(self.journal, self.store, policy.limits, time.monotonic, self._session_ended)
@@ -163,6 +163,9 @@ class Core:
     def _journal_failed(self, error: RemoraError) -> None:
         """What happened is right in memory; after a crash the agent would know an older state."""
         self.log.error("journal write failed", error=str(error))
+
+    def _disk_failed(self, error: BaseException) -> None:
+        self.log.error("a file could not be removed", error=str(error))
 
     # -- reporting --------------------------------------------------------------------------------------------------
 

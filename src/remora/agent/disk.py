@@ -22,9 +22,19 @@ QUEUE_LENGTH = 1024
 class DiskPool:
     """Runs functions in threads and hands their results back through `post`."""
 
-    def __init__(self, post: Callable[[Callable[[], None]], None], threads: int = THREADS) -> None:
+    def __init__(
+        self,
+        post: Callable[[Callable[[], None]], None],
+        on_failure: Callable[[BaseException], None],
+        threads: int = THREADS,
+    ) -> None:
+        """
+        Args:
+            on_failure: Called in the reactor's thread with what went wrong in work that nobody waits for.
+        """
         self._post = post
-        self._queues: list[queue.Queue[Callable[[], None] | None]] = [queue.Queue(QUEUE_LENGTH) for _ in range(threads)]
+        self._on_failure = on_failure
+        self._queues: list[queue.SimpleQueue[Callable[[], None] | None]] = [queue.SimpleQueue() for _ in range(threads)]
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name=f"disk-{number}", daemon=True)
             for number, work in enumerate(self._queues)
@@ -51,12 +61,27 @@ class DiskPool:
                 outcome = failure
             self._post(lambda: done(outcome))
 
-        try:
-            self._queues[hash(key) % len(self._queues)].put_nowait(run)
-        except queue.Full as error:
+        waiting = self._queue(key)
+        if waiting.qsize() >= QUEUE_LENGTH:
             raise ResourceExhaustedError(
                 f"{QUEUE_LENGTH} pieces of disk work wait already", fix="send the request again later"
-            ) from error
+            )
+        waiting.put(run)
+
+    def insist(self, key: str, work: Callable[[], None]) -> None:
+        """Do work of the agent's own, that no guest can multiply and nobody waits for, however much waits."""
+
+        def run() -> None:
+            try:
+                work()
+            except OSError as error:
+                failure = error  # the except clause's own name is gone when the call is made
+                self._post(lambda: self._on_failure(failure))
+
+        self._queue(key).put(run)
+
+    def _queue(self, key: str) -> queue.SimpleQueue[Callable[[], None] | None]:
+        return self._queues[hash(key) % len(self._queues)]
 
     def close(self) -> None:
         """Finish what waits, and end."""
@@ -66,6 +91,6 @@ class DiskPool:
             thread.join()
 
     @staticmethod
-    def _run(work: queue.Queue[Callable[[], None] | None]) -> None:
+    def _run(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         while (step := work.get()) is not None:
             step()

@@ -109,6 +109,8 @@ class ResourceFiles:
                     view, position = view[written:], position + written
             except OSError:
                 os.ftruncate(fd, progress.received_bytes)
+                if not progress.received_bytes:
+                    self.discard(path)
                 raise
             finally:
                 os.close(fd)
@@ -173,6 +175,11 @@ class ResourceFiles:
     def complete(self) -> dict[str, int]:
         """Return digest and size of every complete file."""
         return {f"sha256:{path.name}": path.stat().st_size for path in self.resources.glob("??/*") if path.is_file()}
+
+    def partials_of(self, tenant: str) -> list[tuple[Path, int]]:
+        """Return path and size of a tenant's unfinished uploads."""
+        directory = self.partial_path(tenant, "sha256:any").parent
+        return [(path, path.stat().st_size) for path in directory.glob("*")]
 
     def partials(self) -> list[tuple[Path, int, float]]:
         """Return path, size and time of the last chunk of every unfinished upload."""

@@ -89,6 +89,7 @@ class Journal:
         self._on_failure = on_failure
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         try:
+            path.touch(mode=0o600)  # the files that SQLite puts beside it get the same mode
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -100,7 +101,7 @@ class Journal:
                 )
             self._db.executescript(_SCHEMA)
             self._db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise FailedPreconditionError(
                 f"the journal {path} cannot be used: {error}",
                 fix="move it away: sessions and uploads start anew; or give another --state directory",

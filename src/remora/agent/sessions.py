@@ -151,7 +151,7 @@ class Sessions:
         """
         token = secrets.token_bytes(_TOKEN_BYTES)
         session = self._new(identity, token_hash=hash_token(token), number=0)
-        self._store_new(session, copy_of, lambda error: done(error if error is not None else (session, token)))
+        self._store_new(session, copy_of, lambda error: done((session, token) if error is None else error))
 
     def create_numbered(
         self, identity: Identity, done: Callable[[Session | RemoraError], None], *, copy_of: Session | None = None
@@ -159,7 +159,7 @@ class Sessions:
         """Open a session that is known by a number (vAccel)."""
         number = copy_of.number if copy_of is not None else random_number()
         session = self._new(identity, token_hash=None, number=number)
-        self._store_new(session, copy_of, lambda error: done(error if error is not None else session))
+        self._store_new(session, copy_of, lambda error: done(session if error is None else error))
         self._start_lease(session)
         return session
 
@@ -251,7 +251,13 @@ class Sessions:
             for model, model_format in (session.models or {}).items():
                 statements.append(("INSERT INTO session_models VALUES (?,?,?)", (session.id, model, model_format)))
             self.on_fork(copy_of, session)
-        self._journal.write(*statements, done=done)
+
+        def written(error: RemoraError | None) -> None:
+            if error is not None:
+                self.end(session)
+            done(error)
+
+        self._journal.write(*statements, done=written)
 
     # -- what a session holds ---------------------------------------------------------------------------------------
 

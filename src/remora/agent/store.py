@@ -1,4 +1,4 @@
-"""The content-addressed store: who uploaded what, how much, and what may go when space is short.
+"""The content-addressed store: uploads in chunks, quotas, and what goes when space is short.
 
 Knowing a digest is not having its content. A tenant sees a resource only after it uploaded every byte of it itself,
 whatever others have stored; the bytes are kept once all the same. All methods run in the reactor's thread; what blocks
@@ -8,7 +8,6 @@ is in `files`, done by the disk threads under the digest as key, so that operati
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from remora.agent import files
 from remora.agent.disk import DiskPool
 from remora.agent.journal import Journal
+from remora.agent.ledger import Ledger
 from remora.agent.policy import Limits, StoreLimits
 from remora.errors import (
     DataLossError,
@@ -65,15 +65,15 @@ class Store:
         self._limits = limits
         self._counts = counts
         self._clock = clock
-        self._sizes: dict[str, int] = {}
-        self._owned: dict[str, dict[str, float]] = {}  # tenant -> digest -> last used
-        self._holds: Counter[tuple[str, str]] = Counter()  # (tenant, digest) -> sessions
-        self._held: Counter[str] = Counter()  # digest -> sessions of all tenants
+        self._ledger = Ledger()
         self._uploads: dict[tuple[str, str], _Upload] = {}
-        self._tenant_bytes: dict[str, int] = {}
+        self._partial_bytes = 0
         self._verified: dict[str, tuple[int, int, int]] = {}
-        self.bytes_stored = 0
         self._recover()
+
+    @property
+    def bytes_stored(self) -> int:
+        return self._ledger.total_bytes + self._partial_bytes
 
     def _recover(self) -> None:
         """Take over what the last agent left; a file without a row was never acknowledged, a row without a file is
@@ -82,35 +82,24 @@ class Store:
         rows = dict(self._journal.rows("SELECT digest, size FROM resources"))
         for tenant, digest, used_at in self._journal.rows("SELECT tenant, digest, used_at FROM owners"):
             if digest in rows and present.get(digest) == rows[digest]:
-                self._own(tenant, digest, rows[digest], used_at)
-        owned = {digest for digests in self._owned.values() for digest in digests}
+                self._ledger.own(tenant, digest, rows[digest], used_at)
+        owned = self._ledger.digests()
         for digest in present.keys() - owned:
             self._files.discard(self._files.path(digest))
         for digest in rows.keys() - owned:
-            self._journal.write(
-                ("DELETE FROM owners WHERE digest=?", (digest,)), ("DELETE FROM resources WHERE digest=?", (digest,))
-            )
-        self.bytes_stored += sum(size for _path, size, _at in self._files.partials())
+            self._forget_rows(digest)
+        self._partial_bytes = sum(size for _path, size, _at in self._files.partials())
         self._expire_partials()
-
-    def _own(self, tenant: str, digest: str, size: int, used_at: float) -> None:
-        digests = self._owned.setdefault(tenant, {})
-        if digest not in digests:
-            self._tenant_bytes[tenant] = self._tenant_bytes.get(tenant, 0) + size
-        digests[digest] = used_at
-        if digest not in self._sizes:
-            self._sizes[digest] = size
-            self.bytes_stored += size
 
     # -- questions --------------------------------------------------------------------------------------------------
 
     def owns(self, tenant: str, digest: str) -> bool:
-        return digest in self._owned.get(tenant, ())
+        return self._ledger.owns(tenant, digest)
 
     def size(self, tenant: str, digest: str) -> int:
         if not self.owns(tenant, digest):
             raise _no_such(digest)
-        return self._sizes[digest]
+        return self._ledger.size(digest)
 
     def stat(self, tenant: str, digest: str) -> tuple[bool, int]:
         """Return (complete, bytes received). Says the same for what others have and for what nobody has."""
@@ -118,7 +107,7 @@ class Store:
         if upload is not None:
             return False, upload.progress.received_bytes
         if self.owns(tenant, digest):
-            return True, self._sizes[digest]
+            return True, self._ledger.size(digest)
         path = self._files.partial_path(tenant, digest)
         try:
             return False, path.stat().st_size
@@ -140,7 +129,7 @@ class Store:
             ResourceExhaustedError: a quota (named) or the disk is full.
         """
         if self.owns(tenant, digest) and (tenant, digest) not in self._uploads:
-            done((self._sizes[digest], True))
+            done((self._ledger.size(digest), True))
             return
         upload = self._uploads.get((tenant, digest)) or self._begin(tenant, digest, total_bytes)
         self._check_chunk(upload, offset, total_bytes, len(data))
@@ -193,13 +182,13 @@ class Store:
     def _begin(self, tenant: str, digest: str, total_bytes: int) -> _Upload:
         if total_bytes < 1:
             raise InvalidArgumentError("a resource cannot be empty", fix="give its size as total_bytes")
-        number = len(self._owned.get(tenant, ())) + sum(1 for owner, _ in self._uploads if owner == tenant)
+        number = self._ledger.count(tenant) + sum(1 for owner, _ in self._uploads if owner == tenant)
         if number >= self._counts.resources_per_tenant:
             raise ResourceExhaustedError(
                 f"{number} resources are stored for this tenant (limits.resources_per_tenant)",
                 fix="ask the operator to raise it",
             )
-        used = self._tenant_bytes.get(tenant, 0)
+        used = self._ledger.tenant_bytes[tenant]
         if used + total_bytes > self._limits.tenant_bytes:
             raise ResourceExhaustedError(
                 f"a resource of {total_bytes} bytes does not fit: {used} of {self._limits.tenant_bytes} bytes are used "
@@ -212,12 +201,12 @@ class Store:
         except FileNotFoundError:
             received = 0
         if received >= total_bytes:  # left by a crash between the last chunk and the final name
-            self.bytes_stored -= received
+            self._partial_bytes -= received
             path.unlink(missing_ok=True)
             received = 0
         upload = _Upload(path, received, total_bytes)
         self._uploads[tenant, digest] = upload
-        self._tenant_bytes[tenant] = used + total_bytes
+        self._ledger.charge(tenant, total_bytes)
         return upload
 
     @staticmethod
@@ -247,7 +236,8 @@ class Store:
     ) -> None:
         upload = self._uploads.get((tenant, digest))
         if upload is None:  # the tenant was dropped meanwhile
-            self._disk.submit(digest, lambda: self._files.discard(self._files.partial_path(tenant, digest)), _ignore)
+            self._disk.insist(digest, partial(self._files.discard, self._files.partial_path(tenant, digest)))
+            self._remove_unowned(digest)
             done(outcome if isinstance(outcome, RemoraError) else _no_such(digest))
             return
         if isinstance(outcome, RemoraError):
@@ -255,7 +245,7 @@ class Store:
             done(outcome)
             return
         if not last:
-            self.bytes_stored += length
+            self._partial_bytes += length
             upload.counted_bytes += length
             done((upload.progress.received_bytes, False))
             return
@@ -264,15 +254,15 @@ class Store:
     def _acknowledge(self, tenant: str, digest: str, upload: _Upload, done: PutDone) -> None:
         """The file is safe; say so only when its owner is, too."""
         size, now = upload.total_bytes, self._clock()
-        self.bytes_stored -= upload.counted_bytes  # it is counted as a resource from now on
+        self._partial_bytes -= upload.counted_bytes  # it is counted as a resource from now on
 
         def committed(error: RemoraError | None) -> None:
             self._uploads.pop((tenant, digest), None)
-            self._tenant_bytes[tenant] = self._tenant_bytes.get(tenant, 0) - size
+            self._ledger.charge(tenant, -size)
             if error is not None:
                 done(error)
                 return
-            self._own(tenant, digest, size, now)
+            self._ledger.own(tenant, digest, size, now)
             self._verified.pop(digest, None)
             done((size, True))
 
@@ -286,11 +276,12 @@ class Store:
     def _failed(self, tenant: str, digest: str, upload: _Upload, error: RemoraError) -> None:
         """Forget the upload in memory; the bytes that are on the disk and right stay for a resume."""
         self._uploads.pop((tenant, digest), None)
-        self._tenant_bytes[tenant] = self._tenant_bytes.get(tenant, 0) - upload.total_bytes
-        if isinstance(error, DataLossError):  # the file is gone
-            self.bytes_stored -= upload.counted_bytes
+        self._ledger.charge(tenant, -upload.total_bytes)
+        if isinstance(error, DataLossError):  # the partial file is gone
+            self._partial_bytes -= upload.counted_bytes
         if isinstance(error, ResourceExhaustedError):
-            self._evict_unheld(upload.total_bytes)
+            self._evict(upload.total_bytes)
+        self._remove_unowned(digest)
 
     # -- use --------------------------------------------------------------------------------------------------------
 
@@ -327,55 +318,43 @@ class Store:
 
     def hold(self, tenant: str, digest: str) -> None:
         """Keep a resource while a session uses it."""
-        self._holds[tenant, digest] += 1
-        self._held[digest] += 1
+        self._ledger.hold(tenant, digest)
 
     def unhold(self, tenant: str, digest: str) -> None:
-        self._held[digest] -= 1
-        self._holds[tenant, digest] -= 1
-        if not self._held[digest]:
-            del self._held[digest]
-        if self._holds[tenant, digest]:
-            return
-        del self._holds[tenant, digest]
-        if self.owns(tenant, digest):
-            now = self._clock()
-            self._owned[tenant][digest] = now
+        now = self._clock()
+        if self._ledger.unhold(tenant, digest, now) and self.owns(tenant, digest):
             self._journal.write(("UPDATE owners SET used_at=? WHERE tenant=? AND digest=?", (now, tenant, digest)))
 
     def grant(self, tenant: str, digests: Iterable[str]) -> None:
         """Make a clone's tenant an owner of what its template uploaded."""
         now = self._clock()
         for digest in digests:
-            if digest in self._sizes and not self.owns(tenant, digest):
-                self._own(tenant, digest, self._sizes[digest], now)
+            if digest in self._ledger and not self.owns(tenant, digest):
+                self._ledger.own(tenant, digest, self._ledger.size(digest), now)
                 self._journal.write(("INSERT OR REPLACE INTO owners VALUES (?,?,?)", (tenant, digest, now)))
 
     # -- getting rid of things --------------------------------------------------------------------------------------
 
     def release(self, tenant: str, digest: str) -> None:
         """The tenant gives a resource up; the bytes go when nobody else has them."""
-        if (tenant, digest) not in self._holds:
+        if not self._ledger.holds(tenant, digest):
             self._disown(tenant, digest)
 
     def drop_tenant(self, tenant: str) -> None:
         """Forget a tenant that will not come back, with its unfinished uploads."""
-        for owner, digest in [key for key in self._uploads if key[0] == tenant]:
-            upload = self._uploads.pop((owner, digest))
-            self.bytes_stored -= upload.counted_bytes
-            self._disk.submit(digest, partial(self._files.discard, upload.path), _ignore)
-        for digest in list(self._owned.get(tenant, ())):
+        for key in [key for key in self._uploads if key[0] == tenant]:
+            upload = self._uploads.pop(key)
+            self._ledger.charge(tenant, -upload.total_bytes)
+        for path, size in self._files.partials_of(tenant):
+            self._partial_bytes -= size
+            self._disk.insist(f"sha256:{path.name}", partial(self._files.discard, path))
+        for digest in self._ledger.of_tenant(tenant):
             self._disown(tenant, digest)
-        self._owned.pop(tenant, None)
-        self._tenant_bytes.pop(tenant, None)
 
     def sweep(self) -> None:
         """Remove what nobody used for long; called now and then."""
-        oldest = self._clock() - self._limits.max_age_s
-        for tenant, digests in list(self._owned.items()):
-            for digest, used_at in list(digests.items()):
-                if used_at < oldest and (tenant, digest) not in self._holds:
-                    self._disown(tenant, digest)
+        for tenant, digest in self._ledger.unused_since(self._clock() - self._limits.max_age_s):
+            self._disown(tenant, digest)
         self._expire_partials()
 
     def _expire_partials(self) -> None:
@@ -384,59 +363,45 @@ class Store:
         for path, size, written_at in self._files.partials():
             if written_at < oldest and path not in busy:
                 self._files.discard(path)
-                self.bytes_stored -= size
+                self._partial_bytes -= size
 
     def _disown(self, tenant: str, digest: str) -> None:
-        if self._owned.get(tenant, {}).pop(digest, None) is None:
-            return
-        self._tenant_bytes[tenant] -= self._sizes[digest]
         self._journal.write(("DELETE FROM owners WHERE tenant=? AND digest=?", (tenant, digest)))
-        if not any(digest in digests for digests in self._owned.values()):
-            self._forget(digest)
+        if self._ledger.disown(tenant, digest):
+            self._forget_rows(digest)
+            self._remove_unowned(digest)
 
     def _forget(self, digest: str) -> None:
         """Remove a resource for all its owners."""
-        size = self._sizes.pop(digest, None)
-        if size is None:
-            return
-        self.bytes_stored -= size
-        for tenant, digests in self._owned.items():
-            if digests.pop(digest, None) is not None:
-                self._tenant_bytes[tenant] -= size
-        self._verified.pop(digest, None)
+        for tenant in self._ledger.owners(digest):
+            self._disown(tenant, digest)
+
+    def _forget_rows(self, digest: str) -> None:
         self._journal.write(
             ("DELETE FROM owners WHERE digest=?", (digest,)), ("DELETE FROM resources WHERE digest=?", (digest,))
         )
 
-        def remove() -> None:
-            self._files.discard(self._files.path(digest))
-
-        self._disk.submit(digest, remove, _ignore)
+    def _remove_unowned(self, digest: str) -> None:
+        """Remove a file that nobody owns; but not while someone uploads it, who may have just given it its name."""
+        self._verified.pop(digest, None)
+        if digest not in self._ledger and not any(name == digest for _tenant, name in self._uploads):
+            self._disk.insist(digest, partial(self._files.discard, self._files.path(digest)))
 
     def _make_room(self, size: int) -> None:
         missing = self.bytes_stored + size - self._limits.total_bytes
-        if missing > 0 and self._evict_unheld(missing) < missing:
+        if missing > 0 and self._evict(missing) < missing:
             raise ResourceExhaustedError(
                 f"the store holds {self.bytes_stored} of {self._limits.total_bytes} bytes (store.total_bytes), "
                 "and sessions use all of them",
                 fix="try again later, or ask the operator to raise it",
             )
 
-    def _evict_unheld(self, wanted_bytes: int) -> int:
+    def _evict(self, wanted_bytes: int) -> int:
         """Remove the least recently used resources that no session holds; return the bytes they took."""
-        last_used: dict[str, float] = {}
-        for digests in self._owned.values():
-            for digest, used_at in digests.items():
-                last_used[digest] = max(used_at, last_used.get(digest, 0.0))
         freed = 0
-        for digest in sorted(last_used, key=lambda name: last_used[name]):
+        for digest in self._ledger.unheld():
             if freed >= wanted_bytes:
                 break
-            if digest not in self._held:
-                freed += self._sizes[digest]
-                self._forget(digest)
+            freed += self._ledger.size(digest)
+            self._forget(digest)
         return freed
-
-
-def _ignore(_outcome: object) -> None:
-    """Nobody waits for the end of this work."""

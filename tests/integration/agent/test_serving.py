@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_process import AgentProcess, Guest, identity_request
+from agent_process import AgentProcess, Guest, identity_request, wait_until
 from remora.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -236,7 +236,12 @@ def test_a_refused_request_is_a_line_in_the_log(agent: AgentProcess) -> None:
     with Guest(agent.connect()) as guest:
         with pytest.raises(NotFoundError):
             guest.infer("a-model-for-the-log")
-        (line,) = [line for line in agent.log.splitlines() if "a-model-for-the-log" in line and "refused" in line]
+
+        def lines() -> list[str]:
+            return [line for line in agent.log.splitlines() if "a-model-for-the-log" in line and "refused" in line]
+
+        wait_until(lines, "the line is written")
+        (line,) = lines()
         for part in (f"tenant={agent_tenant()}", f"session={guest.hello.session_id}", "operation=Infer", "rule="):
             assert part in line
 

@@ -242,3 +242,26 @@ def test_add_stores_a_whole_resource(tmp_path: Path) -> None:
         room.store.add("a", DATA, box)
         assert room.wait(box) == digest_of(DATA)
         assert room.store.owns("a", digest_of(DATA))
+
+
+def test_a_dropped_tenant_takes_nothing_of_another_along(tmp_path: Path) -> None:
+    with rooms(tmp_path / "s") as room:
+        put(room, "a", DATA)
+        put(room, "b", DATA)
+        box: Box[Any] = Box()
+        room.store.put("b", digest_of(b"half"), 0, 4, b"ha", box)
+        room.wait(box)
+        room.store.drop_tenant("a")
+        assert open_path(room, "b", digest_of(DATA)).read_bytes() == DATA
+        room.store.put("b", digest_of(b"half"), 2, 4, b"lf", box)
+        assert room.wait(box) == (4, True)
+
+
+def test_a_resource_given_up_while_another_tenant_finishes_its_upload_stays_for_that_one(tmp_path: Path) -> None:
+    with rooms(tmp_path / "s") as room:
+        put(room, "a", DATA)
+        box: Box[Any] = Box()
+        room.store.put("b", digest_of(DATA), 0, len(DATA), DATA, box)
+        room.store.release("a", digest_of(DATA))
+        assert room.wait(box) == (len(DATA), True)
+        assert open_path(room, "b", digest_of(DATA)).read_bytes() == DATA
