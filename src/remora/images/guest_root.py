@@ -24,9 +24,9 @@ SDK_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client
 #: Runs in the guest's interpreter: prints the file of every module that PID 1 has imported, then of the late ones.
 _TRACE = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 import remora.guest.main
-for name in sys.argv[2:]:
+for name in sys.argv[3:]:
     try:
         __import__(name)
     except ImportError:
@@ -121,9 +121,10 @@ def build_root(tree: Path, package: Path, root: Path) -> None:
 
 def _copy_modules(python: GuestPython, package: Path, root: Path) -> list[tuple[Path, Path, Path]]:
     compiled = []
-    for line in python.run(_TRACE, str(package.parent), *_LATE_MODULES).splitlines():
+    lean = package / "guest/lean"
+    for line in python.run(_TRACE, str(lean), str(package.parent), *_LATE_MODULES).splitlines():
         path = Path(line)
-        home = python.library if path.is_relative_to(python.library) else package.parent
+        home = next(home for home in (lean, python.library, package.parent) if path.is_relative_to(home))
         inside = path.relative_to(home)
         shown = Path("/usr/lib") / python.binary.name / inside
         target = root / shown.relative_to("/")

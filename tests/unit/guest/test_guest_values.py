@@ -140,15 +140,35 @@ def test_the_container_leaves_pid_1_its_memory() -> None:
 
 def test_pid_1_imports_nothing_that_its_start_cannot_afford() -> None:
     # Each of these costs the emulated guest 10 to 100 ms (docs/guest.md).
-    heavy = {"asyncio", "dataclasses", "inspect", "json", "logging", "re", "subprocess", "traceback", "typing"}
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import remora.guest.main; print(*sys.modules)"
+    heavy = {"asyncio", "dataclasses", "enum", "inspect", "json", "logging", "re", "selectors", "subprocess", "typing"}
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import remora.guest.main; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, str(SOURCES.parent.parent)],
+        [sys.executable, "-I", "-S", "-c", code, str(SOURCES / "lean"), str(SOURCES.parent.parent)],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert not heavy & set(done.stdout.split())
 
 
-@pytest.mark.parametrize("path", sorted(SOURCES.glob("*.py")), ids=lambda path: path.name)
+def test_the_lean_socket_does_what_ttrpcs_server_and_pid_1_ask_of_it(tmp_path: Path) -> None:
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import os, signal, socket
+assert type(socket.AF_UNIX) is int and type(signal.SIGTERM) is int
+with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+    listener.bind(sys.argv[2]); listener.listen(1)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(sys.argv[2])
+        server, _ = listener.accept()
+        with server, server.dup() as twin:
+            client.sendall(b"hello"); client.shutdown(socket.SHUT_WR)
+            assert twin.recv(9) == b"hello" and server.recv(9) == b""
+first, second = socket.socketpair()
+socket.socket.sendmsg(first, [b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"\\0\\0\\0\\0")])
+assert second.recvmsg(9, socket.CMSG_SPACE(4))[0] == b"x"
+"""
+    subprocess.run([sys.executable, "-I", "-S", "-c", code, str(SOURCES / "lean"), str(tmp_path / "s")], check=True)
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES.rglob("*.py")), ids=lambda path: path.name)
 def test_the_guests_sources_are_python_3_9(path: Path) -> None:
     ast.parse(path.read_text(), feature_version=(3, 9))
