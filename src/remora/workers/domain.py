@@ -199,7 +199,7 @@ class Domain:
                 return False
             spec, number = model.spec, model.number
         try:
-            data = pending.datagram(spec, number, self._sizes.get(pending.shapes(), 0))
+            data = pending.datagram(spec, number, self._sizes.get(pending.form, 0))
         except RemoraError as error:
             pending.finish(error, self._reactor.call_soon)
             return True
@@ -235,19 +235,19 @@ class Domain:
             outcome = pending.result(message, model.source if model is not None else None, run_us)
         del self.jobs[pending.id]
         self._failed_starts = 0
-        self._remember_size(pending, outcome)
+        if isinstance(outcome, Result) and outcome.outputs and not pending.sized:
+            self._remember_size(pending, outcome)
         if pending.error is not None:
             if isinstance(outcome, Result):
                 outcome.release()
             outcome = pending.error
         pending.finish(outcome)
 
-    def _remember_size(self, pending: PendingJob, outcome: Result | RemoraError) -> None:
-        """The next job of these shapes gets a block of the right size at once."""
-        if isinstance(outcome, Result) and outcome.outputs and pending.shapes() not in self._sizes:
-            if len(self._sizes) >= _MOST_SIZES:
-                self._sizes.clear()
-            self._sizes[pending.shapes()] = sum(aligned(len(output.data)) for output in outcome.outputs)
+    def _remember_size(self, pending: PendingJob, result: Result) -> None:
+        """The next job of this form gets a block of the right size at once."""
+        if len(self._sizes) >= _MOST_SIZES:
+            self._sizes.clear()
+        self._sizes[pending.form] = sum(aligned(len(output.data)) for output in result.outputs)
 
     def _need(self, pending: PendingJob, size_bytes: int) -> None:
         """Answer a worker that found the outputs to be larger than their block."""

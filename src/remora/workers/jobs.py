@@ -27,7 +27,21 @@ _GUESS_BYTES = 64 * 1024
 class PendingJob:
     """A submitted job until it is answered."""
 
-    __slots__ = ("id", "job", "done", "arena", "attempts", "error", "timer", "grace", "block", "_copies", "_wanted")
+    __slots__ = (
+        "id",
+        "job",
+        "done",
+        "arena",
+        "attempts",
+        "error",
+        "timer",
+        "grace",
+        "block",
+        "form",
+        "sized",
+        "_copies",
+        "_wanted",
+    )
 
     def __init__(self, job_id: int, job: Job, arena: Arena | None, done: Done) -> None:
         self.id = job_id
@@ -40,6 +54,10 @@ class PendingJob:
         self.timer: Timer | None = None
         self.grace: Timer | None = None
         self.block: ArenaBlock | None = None
+        #: What the size of a model's outputs depends on, as a rule.
+        self.form = (job.model, job.outputs, tuple(tensor.shape for tensor in job.inputs))
+        #: True if the size of the outputs was known beforehand.
+        self.sized = False
         self._copies: list[ArenaBlock] = []
         self._wanted: tuple[TensorSpec, ...] = ()
 
@@ -53,6 +71,7 @@ class PendingJob:
             ResourceExhaustedError: the arena is full.
         """
         self._free_memory()
+        self.sized = guess_bytes > 0
         message: Message = {"t": self.job.operation, "id": self.id}
         if spec is not None and self.arena is not None:
             message.update(m=number, a=self.arena.id)
@@ -81,10 +100,6 @@ class PendingJob:
             copy.view[:] = view
             offset = copy.offset
         return offset
-
-    def shapes(self) -> tuple[object, ...]:
-        """Return what a model's output size depends on, as a rule."""
-        return (self.job.model, self.job.outputs, *(tensor.shape for tensor in self.job.inputs))
 
     def grow(self, size_bytes: int) -> ArenaBlock:
         """Replace the block for outputs by a larger one, which must be free in the arena."""

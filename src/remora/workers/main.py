@@ -26,7 +26,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 
-from remora.backends.contract import Array, Limits, LoadedModel, Spec, Stop
+from remora.backends.contract import Array, Limits, LoadedModel, Stop
 from remora.backends.onnx import OnnxBackend
 from remora.backends.vision import Classifier
 from remora.errors import (
@@ -38,7 +38,7 @@ from remora.errors import (
     ResourceExhaustedError,
 )
 from remora.workers import seccomp
-from remora.workers.arena import ALIGN
+from remora.workers.layout import Layout
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, error_parts
 
 _PR_SET_PDEATHSIG = 1
@@ -47,6 +47,7 @@ _BACKENDS = {"onnx": OnnxBackend}
 #: Outputs at least this large are computed straight into the arena; below, binding costs more than the copy.
 _BIND_BYTES = 64 * 1024
 _MAX_EARLY_STOPS = 1024
+_MOST_PLANS = 256
 
 
 class Worker:
@@ -63,6 +64,7 @@ class Worker:
         self._lock = threading.Lock()
         self._running: dict[int, Stop] = {}
         self._stopped_early: dict[int, None] = {}
+        self._plans: dict[tuple[object, ...], tuple[tuple[str, ...], Layout | None]] = {}
         self._needs: dict[int, tuple[threading.Event, list[int]]] = {}
 
     # -- control ------------------------------------------------------------------------------------------------------
@@ -204,49 +206,55 @@ class Worker:
                 "id": job["id"],
                 "labels": classifier.classify(picture, job["top"], stop, self._limits),
             }
-        feeds = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
-        return {"t": "done", "id": job["id"], "out": self._infer(job, model, memory, feeds, stop)}
+        return {"t": "done", "id": job["id"], "out": self._infer(job, model, memory, stop)}
 
-    def _infer(
-        self, job: Message, model: LoadedModel, memory: mmap.mmap, feeds: dict[str, Array], stop: Stop
-    ) -> list[list[object]]:
-        wanted = model.check(feeds, job["out"])
-        planned: Sequence[Spec] | None = model.plan(feeds, wanted)
-        if planned is not None and sum(_size(spec) for spec in planned) >= _BIND_BYTES:
-            places = self._place(job, planned)
+    def _infer(self, job: Message, model: LoadedModel, memory: mmap.mmap, stop: Stop) -> list[list[object]]:
+        feeds = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
+        wanted, layout = self._plan(job, model, feeds)
+        if layout is not None and layout.total >= _BIND_BYTES:
+            start = self._place(job, layout.total)
             into = [
-                _array(memory, spec.dtype, spec.shape, offset) for spec, offset in zip(planned, places, strict=True)
+                _array(memory, spec.dtype, spec.shape, start + offset)
+                for spec, offset in zip(layout.specs, layout.offsets, strict=True)
             ]
             model.run(feeds, wanted, stop, into)
-        else:
-            computed = model.run(feeds, wanted, stop)
-            planned = [Spec(name, array.dtype.name, array.shape) for name, array in zip(wanted, computed, strict=True)]
-            places = self._place(job, planned)
-            for spec, offset, array in zip(planned, places, computed, strict=True):
-                _array(memory, spec.dtype, spec.shape, offset)[...] = array
-        return [
-            [spec.name, spec.dtype, spec.shape, offset, _size(spec)]
-            for spec, offset in zip(planned, places, strict=True)
-        ]
+            return layout.places(start)
+        computed = model.run(feeds, wanted, stop)
+        if layout is None or not layout.fits(computed):
+            layout = Layout.of(wanted, computed)
+        start = self._place(job, layout.total)
+        for offset, size, array in zip(layout.offsets, layout.sizes, computed, strict=True):
+            memory[start + offset : start + offset + size] = array.tobytes()
+        return layout.places(start)
 
-    def _place(self, job: Message, planned: Sequence[Spec]) -> list[int]:
-        """Return an offset for each output inside the job's block, asking for a larger one when it is too small."""
-        offsets, total = [], 0
-        for spec in planned:
-            offsets.append(total)
-            total += (_size(spec) + ALIGN - 1) // ALIGN * ALIGN
-        start, room = job["off"], job["len"]
-        if total > room:
-            event, place = threading.Event(), [0, 0]
-            self._needs[job["id"]] = event, place
-            self._jobs.send(encode({"t": "need", "id": job["id"], "len": total}))
-            event.wait()
-            start, room = place
-            if room < total:
-                raise ResourceExhaustedError(
-                    f"the outputs have {total} bytes, more than one job may return now", fix="ask for fewer outputs"
-                )
-        return [start + offset for offset in offsets]
+    def _plan(self, job: Message, model: LoadedModel, feeds: dict[str, Array]) -> tuple[tuple[str, ...], Layout | None]:
+        """Check the inputs, and work out the outputs; both are remembered for the next job of the same form."""
+        inputs = tuple((name, dtype, tuple(shape)) for name, dtype, shape, _offset, _size in job["in"])
+        key = (job["m"], tuple(job["out"]), inputs)
+        known = self._plans.get(key)
+        if known is None:
+            wanted = model.check(feeds, job["out"])
+            planned = model.plan(feeds, wanted)
+            known = wanted, Layout(planned) if planned is not None else None
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = known
+        return known
+
+    def _place(self, job: Message, total: int) -> int:
+        """Return where the outputs may lie: the job's block, or a larger one that the agent is asked for."""
+        if total <= job["len"]:
+            return int(job["off"])
+        event, place = threading.Event(), [0, 0]
+        self._needs[job["id"]] = event, place
+        self._jobs.send(encode({"t": "need", "id": job["id"], "len": total}))
+        event.wait()
+        start, room = place
+        if room < total:
+            raise ResourceExhaustedError(
+                f"the outputs have {total} bytes, more than one job may return now", fix="ask for fewer outputs"
+            )
+        return start
 
 
 def _parse(data: bytes) -> Message:
@@ -256,10 +264,6 @@ def _parse(data: bytes) -> Message:
 
 def _array(memory: mmap.mmap, dtype: str, shape: Sequence[int], offset: int) -> Array:
     return np.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
-
-
-def _size(spec: Spec) -> int:
-    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
 def _unexpected(error: Exception) -> InternalError:
