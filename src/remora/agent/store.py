@@ -17,6 +17,7 @@ from remora.agent.disk import DiskPool
 from remora.agent.journal import Journal
 from remora.agent.ledger import Ledger
 from remora.agent.policy import Limits, StoreLimits
+from remora.agent.upload import PutDone, Upload
 from remora.errors import (
     DataLossError,
     FailedPreconditionError,
@@ -25,22 +26,6 @@ from remora.errors import (
     RemoraError,
     ResourceExhaustedError,
 )
-
-#: (bytes received, complete) of an upload, or why it failed.
-PutDone = Callable[[tuple[int, bool] | RemoraError], None]
-
-
-class _Upload:
-    __slots__ = ("counted_bytes", "path", "progress", "submitted_bytes", "total_bytes")
-
-    def __init__(self, path: Path, received_bytes: int, total_bytes: int) -> None:
-        self.path = path
-        self.progress = files.Progress(received_bytes)
-        #: Received, and handed to the disk thread.
-        self.submitted_bytes = received_bytes
-        #: Its part of the store's `bytes_stored`.
-        self.counted_bytes = received_bytes
-        self.total_bytes = total_bytes
 
 
 def _no_such(digest: str) -> RemoraError:
@@ -66,7 +51,7 @@ class Store:
         self._counts = counts
         self._clock = clock
         self._ledger = Ledger()
-        self._uploads: dict[tuple[str, str], _Upload] = {}
+        self._uploads: dict[tuple[str, str], Upload] = {}
         self._partial_bytes = 0
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._recover()
@@ -114,6 +99,14 @@ class Store:
         except FileNotFoundError:
             return False, 0
 
+    def stat_settled(self, tenant: str, digest: str, done: Callable[[tuple[bool, int]], None]) -> None:
+        """As `stat`, but wait for an upload whose last chunk is on its way to the disk."""
+        upload = self._uploads.get((tenant, digest))
+        if upload is not None and upload.submitted_bytes == upload.total_bytes:
+            upload.waiters.append(lambda _outcome: done(self.stat(tenant, digest)))
+        else:
+            done(self.stat(tenant, digest))
+
     # -- uploads ----------------------------------------------------------------------------------------------------
 
     def put(
@@ -132,7 +125,10 @@ class Store:
             done((self._ledger.size(digest), True))
             return
         upload = self._uploads.get((tenant, digest)) or self._begin(tenant, digest, total_bytes)
-        self._check_chunk(upload, offset, total_bytes, len(data))
+        if upload.submitted_bytes == upload.total_bytes == total_bytes:  # another connection sent the last chunk
+            upload.waiters.append(done)
+            return
+        upload.check_chunk(offset, total_bytes, len(data))
         if offset < upload.submitted_bytes:  # sent again: what was received already is skipped
             data = memoryview(data)[upload.submitted_bytes - offset :]
             offset = upload.submitted_bytes
@@ -151,7 +147,10 @@ class Store:
             if last:
                 self._files.finish(upload.path, upload.progress, digest)
 
-        self._disk.submit(digest, write, lambda outcome: self._written(tenant, digest, len(data), last, outcome, done))
+        def written(outcome: RemoraError | None) -> None:
+            self._written(tenant, digest, upload, len(data) if not last else 0, outcome, done)
+
+        self._disk.submit(digest, write, written)
         upload.submitted_bytes += len(data)
 
     def add(self, tenant: str, data: memoryview | bytes, done: Callable[[str | RemoraError], None]) -> None:
@@ -179,7 +178,7 @@ class Store:
 
         self._disk.submit(tenant, lambda: files.digest_of(data), hashed)
 
-    def _begin(self, tenant: str, digest: str, total_bytes: int) -> _Upload:
+    def _begin(self, tenant: str, digest: str, total_bytes: int) -> Upload:
         if total_bytes < 1:
             raise InvalidArgumentError("a resource cannot be empty", fix="give its size as total_bytes")
         number = self._ledger.count(tenant) + sum(1 for owner, _ in self._uploads if owner == tenant)
@@ -204,67 +203,53 @@ class Store:
             self._partial_bytes -= received
             path.unlink(missing_ok=True)
             received = 0
-        upload = _Upload(path, received, total_bytes)
+        upload = Upload(path, received, total_bytes)
         self._uploads[tenant, digest] = upload
         self._ledger.charge(tenant, total_bytes)
         return upload
-
-    @staticmethod
-    def _check_chunk(upload: _Upload, offset: int, total_bytes: int, length: int) -> None:
-        if total_bytes != upload.total_bytes:
-            raise InvalidArgumentError(
-                f"this upload was announced with {upload.total_bytes} bytes, now with {total_bytes}",
-                fix="send the same total_bytes with every chunk",
-            )
-        if not length or offset + length > total_bytes:
-            raise InvalidArgumentError(
-                f"a chunk of {length} bytes at offset {offset} is not part of {total_bytes} bytes",
-                fix="send non-empty chunks that end at total_bytes",
-            )
-        if offset > upload.submitted_bytes:
-            raise FailedPreconditionError(
-                f"a chunk at offset {offset} would leave a hole: {upload.submitted_bytes} bytes were received",
-                fix=f"send the chunk at offset {upload.submitted_bytes}",
-            )
 
     def _progress(self, tenant: str, digest: str) -> tuple[int, bool]:
         complete, received = self.stat(tenant, digest)
         return received, complete
 
     def _written(
-        self, tenant: str, digest: str, length: int, last: bool, outcome: RemoraError | None, done: PutDone
+        self, tenant: str, digest: str, upload: Upload, length: int, outcome: RemoraError | None, done: PutDone
     ) -> None:
-        upload = self._uploads.get((tenant, digest))
-        if upload is None:  # the tenant was dropped meanwhile
-            self._disk.insist(digest, partial(self._files.discard, self._files.partial_path(tenant, digest)))
+        """A chunk is on the disk, or not. `length` is 0 for the last one."""
+        if upload.dropped:  # the tenant is gone
+            self._disk.insist(digest, partial(self._files.discard, upload.path))
             self._remove_unowned(digest)
-            done(outcome if isinstance(outcome, RemoraError) else _no_such(digest))
+            done(_no_such(digest))
             return
         if isinstance(outcome, RemoraError):
-            self._failed(tenant, digest, upload, outcome)
-            done(outcome)
+            if self._uploads.get((tenant, digest)) is upload:  # else a chunk before this one has failed it
+                self._failed(tenant, digest, upload, outcome, done)
+            else:
+                done(outcome)
             return
-        if not last:
+        if length:
             self._partial_bytes += length
             upload.counted_bytes += length
             done((upload.progress.received_bytes, False))
             return
         self._acknowledge(tenant, digest, upload, done)
 
-    def _acknowledge(self, tenant: str, digest: str, upload: _Upload, done: PutDone) -> None:
+    def _acknowledge(self, tenant: str, digest: str, upload: Upload, done: PutDone) -> None:
         """The file is safe; say so only when its owner is, too."""
         size, now = upload.total_bytes, self._clock()
         self._partial_bytes -= upload.counted_bytes  # it is counted as a resource from now on
 
         def committed(error: RemoraError | None) -> None:
-            self._uploads.pop((tenant, digest), None)
-            self._ledger.charge(tenant, -size)
-            if error is not None:
-                done(error)
+            if self._uploads.pop((tenant, digest), None) is not None:
+                self._ledger.charge(tenant, -size)
+            if error is None and not upload.dropped:
+                self._ledger.own(tenant, digest, size, now)
+                self._verified.pop(digest, None)
+                upload.end((size, True), done)
                 return
-            self._ledger.own(tenant, digest, size, now)
-            self._verified.pop(digest, None)
-            done((size, True))
+            self._forget_rows(digest)
+            self._remove_unowned(digest)
+            upload.end(error or _no_such(digest), done)
 
         self._journal.write(
             ("INSERT OR REPLACE INTO resources VALUES (?,?)", (digest, size)),
@@ -273,7 +258,7 @@ class Store:
             done=committed,
         )
 
-    def _failed(self, tenant: str, digest: str, upload: _Upload, error: RemoraError) -> None:
+    def _failed(self, tenant: str, digest: str, upload: Upload, error: RemoraError, done: PutDone) -> None:
         """Forget the upload in memory; the bytes that are on the disk and right stay for a resume."""
         self._uploads.pop((tenant, digest), None)
         self._ledger.charge(tenant, -upload.total_bytes)
@@ -282,6 +267,7 @@ class Store:
         if isinstance(error, ResourceExhaustedError):
             self._evict(upload.total_bytes)
         self._remove_unowned(digest)
+        upload.end(error, done)
 
     # -- use --------------------------------------------------------------------------------------------------------
 
@@ -344,6 +330,7 @@ class Store:
         """Forget a tenant that will not come back, with its unfinished uploads."""
         for key in [key for key in self._uploads if key[0] == tenant]:
             upload = self._uploads.pop(key)
+            upload.dropped = True
             self._ledger.charge(tenant, -upload.total_bytes)
         for path, size in self._files.partials_of(tenant):
             self._partial_bytes -= size

@@ -265,3 +265,39 @@ def test_a_resource_given_up_while_another_tenant_finishes_its_upload_stays_for_
         room.store.release("a", digest_of(DATA))
         assert room.wait(box) == (len(DATA), True)
         assert open_path(room, "b", digest_of(DATA)).read_bytes() == DATA
+
+
+def test_connections_that_upload_the_same_at_the_same_time_all_see_it_complete(tmp_path: Path) -> None:
+    with rooms(tmp_path / "s") as room:
+        boxes: list[Box[Any]] = [Box() for _ in range(4)]
+        for box in boxes:
+            room.store.put("a", digest_of(DATA), 0, len(DATA), DATA, box)
+        stated: Box[Any] = Box()
+        room.store.stat_settled("a", digest_of(DATA), stated)
+        assert [room.wait(box) for box in boxes] == [(len(DATA), True)] * 4
+        assert room.wait(stated) == (True, len(DATA))
+
+
+def test_a_chunk_after_one_that_failed_is_told_so_and_the_quota_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rooms(tmp_path / "s") as room:
+
+        def full(fd: int, data: object, offset: int) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            boxes: list[Box[Any]] = [Box() for _ in range(3)]
+            for number, box in enumerate(boxes):
+                room.store.put("a", digest_of(DATA), number * 100, len(DATA), DATA[number * 100 :][:100], box)
+            outcomes = [room.wait(box) for box in boxes]
+        assert [type(outcome) for outcome in outcomes] == [
+            ResourceExhaustedError,
+            FailedPreconditionError,
+            FailedPreconditionError,
+        ]
+        assert put(room, "a", DATA) == (len(DATA), True)
+        room.store.release("a", digest_of(DATA))
+        assert not room.store._ledger.tenant_bytes
+        assert room.store.bytes_stored == 0

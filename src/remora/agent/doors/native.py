@@ -194,10 +194,14 @@ class NativeDoor:
 
     def _stat_resource(self, peer: Peer, session: Session, call: Call, request: v1.StatResourceRequest) -> None:
         digest = operations.check_digest(request.digest)
-        complete, received = self._core.store.stat(session.tenant, digest)
-        if complete:
-            self._core.sessions.hold(session, digest)
-        self._respond(peer, call, v1.StatResourceResponse(complete=complete, received_bytes=received))
+
+        def stated(answer: tuple[bool, int]) -> None:
+            complete, received = answer
+            if complete and not session.ended:
+                self._core.sessions.hold(session, digest)
+            self._respond(peer, call, v1.StatResourceResponse(complete=complete, received_bytes=received))
+
+        self._core.store.stat_settled(session.tenant, digest, stated)
 
     def _put_resource(self, peer: Peer, session: Session, call: Call, request: v1.PutResourceRequest) -> None:
         digest = operations.check_digest(request.digest)
