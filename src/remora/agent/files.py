@@ -12,8 +12,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -174,17 +175,31 @@ class ResourceFiles:
 
     def complete(self) -> dict[str, int]:
         """Return digest and size of every complete file."""
-        return {f"sha256:{path.name}": path.stat().st_size for path in self.resources.glob("??/*") if path.is_file()}
+        return {f"sha256:{path.name}": found.st_size for path, found in _files_below(self.resources)}
 
     def partials_of(self, tenant: str) -> list[tuple[Path, int]]:
         """Return path and size of a tenant's unfinished uploads."""
         directory = self.partial_path(tenant, "sha256:any").parent
-        return [(path, path.stat().st_size) for path in directory.glob("*")]
+        return [(path, found.st_size) for path, found in _files_in(directory)]
 
     def partials(self) -> list[tuple[Path, int, float]]:
         """Return path, size and time of the last chunk of every unfinished upload."""
-        found = []
-        for path in self.partial.glob("*/*"):
-            status = path.stat()
-            found.append((path, status.st_size, status.st_mtime))
-        return found
+        return [(path, found.st_size, found.st_mtime) for path, found in _files_below(self.partial)]
+
+
+def _files_in(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the files of a directory; what a disk thread removes meanwhile is left out."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            path = directory / name
+            with suppress(FileNotFoundError):
+                found = path.lstat()
+                if stat.S_ISREG(found.st_mode):
+                    yield path, found
+
+
+def _files_below(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the files of all directories in a directory."""
+    for name in os.listdir(directory):
+        if (directory / name).is_dir():
+            yield from _files_in(directory / name)

@@ -346,11 +346,19 @@ class Store:
 
     def _expire_partials(self) -> None:
         oldest = self._clock() - self._limits.partial_age_s
-        busy = {upload.path for upload in self._uploads.values()}
+        uploads = {upload.path: key for key, upload in self._uploads.items()}
         for path, size, written_at in self._files.partials():
-            if written_at < oldest and path not in busy:
-                self._files.discard(path)
-                self._partial_bytes -= size
+            if written_at >= oldest:
+                continue
+            key = uploads.get(path)
+            if key is not None:
+                upload = self._uploads[key]
+                if upload.submitted_bytes != upload.progress.received_bytes:
+                    continue  # a chunk is on its way to the disk
+                del self._uploads[key]
+                self._ledger.charge(key[0], -upload.total_bytes)
+            self._files.discard(path)
+            self._partial_bytes -= size
 
     def _disown(self, tenant: str, digest: str) -> None:
         self._journal.write(("DELETE FROM owners WHERE tenant=? AND digest=?", (tenant, digest)))

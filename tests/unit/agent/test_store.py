@@ -136,7 +136,7 @@ def test_a_second_tenant_uploads_every_byte_and_shares_the_file(tmp_path: Path) 
         room.store.release("a", digest_of(DATA))
         assert open_path(room, "b", digest_of(DATA)).exists()
         room.store.release("b", digest_of(DATA))
-        room.run_until(lambda: not list((tmp_path / "s/resources").glob("*/*")))
+        room.run_until(lambda: not room.files.complete())
 
 
 def test_a_tenants_quota_is_named_when_it_refuses(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_tenant_that_is_dropped_leaves_nothing(tmp_path: Path) -> None:
         room.store.put("a", digest_of(b"half"), 0, 4, b"ha", box)
         room.wait(box)
         room.store.drop_tenant("a")
-        room.run_until(lambda: not list((tmp_path / "s").glob("*/*/*")))
+        room.run_until(lambda: not room.files.partials() and not room.files.complete())
         assert room.store.bytes_stored == 0
 
 
@@ -301,3 +301,18 @@ def test_a_chunk_after_one_that_failed_is_told_so_and_the_quota_is_right(
         room.store.release("a", digest_of(DATA))
         assert not room.store._ledger.tenant_bytes
         assert room.store.bytes_stored == 0
+
+
+def test_an_upload_that_does_not_go_on_is_removed_and_gives_its_quota_back(tmp_path: Path) -> None:
+    with rooms(tmp_path / "s", store_limits=StoreLimits(tenant_bytes=1000, partial_age_s=100)) as room:
+        box: Box[Any] = Box()
+        room.store.put("a", digest_of(b"x" * 900), 0, 900, b"x" * 10, box)
+        room.wait(box)
+        with pytest.raises(ResourceExhaustedError):
+            room.store.put("a", digest_of(b"y" * 900), 0, 900, b"y" * 10, ignore)
+        (partial,) = (tmp_path / "s/partial").glob("*/*")
+        os.utime(partial, (room.wall_s - 101, room.wall_s - 101))
+        room.store.sweep()
+        assert not partial.exists()
+        assert room.store.bytes_stored == 0
+        assert put(room, "a", b"y" * 900) == (900, True)
