@@ -37,6 +37,7 @@ from remora.wire.mux_events import (
     Synced,
     Writable,
 )
+from remora.wire.mux_stream import GRANT_BYTES, MIN_ROOM_BYTES, Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,37 +63,7 @@ __all__ = [
     "Writable",
 ]
 
-#: Credit is given back in steps of this or half a window, whichever is less; a sender's room is never below it.
-_GRANT_BYTES = 32768
-_MIN_ROOM_BYTES = 65536
 _MAX_CREDIT = (1 << 32) - 1
-
-
-class _Stream:
-    __slots__ = (
-        "id",
-        "accepted",
-        "credit",
-        "starved",
-        "queue",
-        "fin_due",
-        "fin_sent",
-        "fin_received",
-        "allowed",
-        "owed",
-    )
-
-    def __init__(self, stream_id: int) -> None:
-        self.id = stream_id
-        self.accepted = False
-        self.credit = 0  # bytes that `send` may still take
-        self.starved = False  # `send` has taken less than it was given
-        self.queue: Deque[Buffer] = deque()
-        self.fin_due = False
-        self.fin_sent = False
-        self.fin_received = False
-        self.allowed = 0  # bytes that the peer may still send
-        self.owed = 0  # bytes consumed, not yet given back
 
 
 class Mux:
@@ -119,8 +90,8 @@ class Mux:
         self._first_id = 1 if initiator else 2
         self._next_id = self._first_id
         self._window_bytes = window_bytes
-        self._grant_bytes = min(_GRANT_BYTES, max(1, window_bytes // 2))
-        self._room_bytes = max(window_bytes, _MIN_ROOM_BYTES)
+        self._grant_bytes = min(GRANT_BYTES, max(1, window_bytes // 2))
+        self._room_bytes = max(window_bytes, MIN_ROOM_BYTES)
         self._max_streams = max_streams
         # Each stream may have a few control frames of its own under way; what is beyond comes from a peer that
         # provokes answers without reading them.
@@ -130,12 +101,12 @@ class Mux:
         self._synced = False
         self._used = False  # streams are known to both ends
         self._last_peer_id = 0
-        self._streams: Dict[int, _Stream] = {}
+        self._streams: Dict[int, Stream] = {}
         self._reader = frames.Reader()
         self._hello_due = True
         self._flush_due = initiator if flush is None else flush
         self._control: Deque[bytes] = deque()
-        self._turns: Deque[_Stream] = deque()  # streams with something to send, each once
+        self._turns: Deque[Stream] = deque()  # streams with something to send, each once
         self._events: List[Event] = []
 
     @property
@@ -263,19 +234,19 @@ class Mux:
         if len(self._streams) >= self._max_streams:
             self._queue_control(frames.REJECT, stream_id, BUSY)
             return
-        self._streams[stream_id] = _Stream(stream_id)
+        self._streams[stream_id] = Stream(stream_id)
         self._events.append(Opened(stream_id, port))
 
-    def _on_window(self, stream: _Stream, value: int) -> None:
+    def _on_window(self, stream: Stream, value: int) -> None:
         if value == 0 or stream.credit + value > _MAX_CREDIT:
             raise ProtocolError(f"mux stream {stream.id}: a window of {value} bytes on top of {stream.credit}")
-        # A peer may offer more than this end wants to queue; see _MIN_ROOM_BYTES for why none is lost that matters.
+        # A peer may offer more than this end wants to queue; see MIN_ROOM_BYTES for why none is lost that matters.
         stream.credit = min(stream.credit + value, self._room_bytes)
         if stream.starved and stream.accepted:
             stream.starved = False
             self._events.append(Writable(stream.id))
 
-    def _find(self, stream_id: int) -> Optional[_Stream]:
+    def _find(self, stream_id: int) -> Optional[Stream]:
         """Return the stream; None if it is over (its peer may not know yet)."""
         stream = self._streams.get(stream_id)
         if stream is None:
@@ -294,7 +265,7 @@ class Mux:
         """
         if len(self._streams) >= self._max_streams:
             raise ResourceExhaustedError(f"all {self._max_streams} streams of the channel are in use")
-        stream = _Stream(self._next_id)
+        stream = Stream(self._next_id)
         self._next_id += 2
         self._streams[stream.id] = stream
         self._queue_control(frames.OPEN, stream.id, port)
@@ -387,13 +358,7 @@ class Mux:
             self._used = True
             stream = turns.popleft()
             if stream.queue:
-                payload = stream.queue.popleft()
-                if len(payload) > frames.MAX_PAYLOAD_BYTES:
-                    rest = memoryview(payload)
-                    stream.queue.appendleft(rest[frames.MAX_PAYLOAD_BYTES :])
-                    payload = rest[: frames.MAX_PAYLOAD_BYTES]
-                elif stream.queue and len(payload) < _GRANT_BYTES:
-                    payload = _coalesce(payload, stream.queue)
+                payload = stream.next_payload()
                 out.extend(frames.data_frame(stream.id, payload))
                 size += frames.HEADER_BYTES + len(payload) + 4
             if stream.queue:
@@ -407,7 +372,7 @@ class Mux:
 
     # -- within -----------------------------------------------------------------------------------------------------
 
-    def _grant(self, stream: _Stream, count: int) -> None:
+    def _grant(self, stream: Stream, count: int) -> None:
         stream.allowed += count
         self._queue_control(frames.WINDOW, stream.id, count)
 
@@ -416,12 +381,12 @@ class Mux:
             raise ProtocolError(f"the peer reads nothing: {len(self._control)} frames wait for it")
         self._control.append(frames.frame(kind, stream_id, value))
 
-    def _schedule(self, stream: _Stream) -> None:
+    def _schedule(self, stream: Stream) -> None:
         """Give a stream its turn for a FIN; with data queued it has one."""
         if stream.accepted and stream.fin_due and not stream.fin_sent and not stream.queue:
             self._turns.append(stream)
 
-    def _forget(self, stream: _Stream) -> None:
+    def _forget(self, stream: Stream) -> None:
         self._streams.pop(stream.id, None)
         if stream.queue or stream.fin_due:
             stream.queue.clear()
@@ -429,20 +394,9 @@ class Mux:
             if stream in self._turns:
                 self._turns.remove(stream)
 
-    def _forget_if_done(self, stream: _Stream) -> None:
+    def _forget_if_done(self, stream: Stream) -> None:
         if stream.fin_sent and stream.fin_received:
             self._streams.pop(stream.id, None)
-
-
-def _coalesce(first: Buffer, queue: Deque[Buffer]) -> Buffer:
-    """Join small pieces into one payload: a frame costs more than the copy."""
-    pieces = [first]
-    size = len(first)
-    while queue and size + len(queue[0]) <= frames.MAX_PAYLOAD_BYTES:
-        piece = queue.popleft()
-        pieces.append(piece)
-        size += len(piece)
-    return b"".join(pieces)
 
 
 def _new_epoch() -> int:

@@ -35,7 +35,33 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound="Message")
 
-__all__ = ["DEFAULT", "DecodeError", "EncodeError", "Limits", "Message", "gather"]  # and the kinds below
+__all__ = [
+    "DEFAULT",
+    "DecodeError",
+    "EncodeError",
+    "Field",
+    "Limits",
+    "Message",
+    "bool_",
+    "bytes_",
+    "double",
+    "enum",
+    "fixed32",
+    "fixed64",
+    "float_",
+    "gather",
+    "int32",
+    "int64",
+    "map_",
+    "message",
+    "sfixed32",
+    "sfixed64",
+    "sint32",
+    "sint64",
+    "string",
+    "uint32",
+    "uint64",
+]
 
 
 class Limits:

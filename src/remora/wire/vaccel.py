@@ -9,29 +9,17 @@ from __future__ import annotations
 from remora.wire.protobuf import Message, bytes_, enum, int32, int64, map_, string, uint32, uint64
 from remora.wire.protobuf import message as message_
 from remora.wire.ttrpc.messages import Any as AnyMessage
-from remora.wire.vaccel_enums import (
-    ArgType,
-    BlobType,
-    ErrorType,
-    ResourceType,
-    TfDataType,
-    TfliteDataType,
-    TorchDataType,
-)
+from remora.wire.vaccel_enums import ArgType as ArgType
+from remora.wire.vaccel_enums import BlobType as BlobType
+from remora.wire.vaccel_enums import ErrorType as ErrorType
+from remora.wire.vaccel_enums import ResourceType as ResourceType
+from remora.wire.vaccel_enums import TfDataType as TfDataType
+from remora.wire.vaccel_enums import TfliteDataType as TfliteDataType
+from remora.wire.vaccel_enums import TorchDataType as TorchDataType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Optional
-
-__all__ = [
-    "ArgType",
-    "BlobType",
-    "ErrorType",
-    "ResourceType",
-    "TfDataType",
-    "TfliteDataType",
-    "TorchDataType",
-]  # and the messages below
 
 #: The same methods under the names of the two builds. A client tries the first, then the second on status 3 or 12.
 SYNC_SERVICE = "vaccel.sync.agent.AgentService"
