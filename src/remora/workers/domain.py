@@ -337,7 +337,8 @@ class Domain:
                 pending.finish(error, self._reactor.call_soon)
         self.waiting.extendleft(reversed(survivors))
         for model in list(self._models.values()):
-            if model.state == "loading":
+            # A model that was loaded before is not what kills workers while they start again: it is not given up.
+            if model.state == "loading" and model.spec is None:
                 model.deaths += 1
             model.state = "wanted"
             if model.deaths >= 2:

@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from json import loads
 from typing import NoReturn
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -39,7 +38,7 @@ from remora.errors import (
 )
 from remora.workers import seccomp
 from remora.workers.layout import Layout
-from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, error_parts
+from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -76,7 +75,7 @@ class Worker:
             data, fds, _flags, _address = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1)
             if not data:
                 return
-            self._handle(_parse(data), fds[0] if fds else -1)
+            self._handle(decode(data), fds[0] if fds else -1)
 
     def _handle(self, message: Message, fd: int) -> None:
         kind = message["t"]
@@ -159,7 +158,7 @@ class Worker:
             data = receive(MAX_MESSAGE_BYTES)
             if not data:
                 os._exit(0)
-            job = _parse(data)
+            job = decode(data)
             send(encode(self._run(job)))
 
     def _run(self, job: Message) -> Message:
@@ -255,11 +254,6 @@ class Worker:
                 f"the outputs have {total} bytes, more than one job may return now", fix="ask for fewer outputs"
             )
         return start
-
-
-def _parse(data: bytes) -> Message:
-    message: Message = loads(data)
-    return message
 
 
 def _array(memory: mmap.mmap, dtype: str, shape: Sequence[int], offset: int) -> Array:

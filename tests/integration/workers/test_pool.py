@@ -380,6 +380,30 @@ def test_a_job_in_flight_is_run_again_once_when_its_worker_is_killed(rig: Rig) -
     assert rig.worker().models == ("slow",)
 
 
+def test_a_model_that_was_loaded_survives_any_number_of_deaths(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("identity", identity({})))
+    for round_number in range(1, 4):
+        rig.until(lambda: any(info.domain == SHARED for info in rig.pool.workers()))
+        os.kill(rig.worker().pid, signal.SIGKILL)
+        rig.until(lambda number=round_number: [i for i in rig.pool.workers() if i.restarts == number])  # type: ignore[misc]
+    result = rig.run(infer(np.ones((1, 1, 1, 1), np.float32)))
+    assert isinstance(result, Result)
+    result.release()
+
+
+def test_a_model_that_kills_two_workers_while_it_loads_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    boot = (
+        "import sys, os, socket, json; control = socket.socket(fileno=int(sys.argv[3]))\n"
+        "control.send(json.dumps({'t': 'hello'}).encode())\n"
+        "while True:\n"
+        "    if json.loads(control.recv(65536))['t'] == 'load': os._exit(1)\n"
+    )
+    monkeypatch.setattr("remora.workers.launcher._BOOT", boot)
+    outcome = rig.load(SHARED, rig.source("identity", identity({})))
+    assert type(outcome) is AbortedError
+    assert "two workers died while they loaded this model" in str(outcome)
+
+
 def test_a_job_that_kills_two_workers_is_aborted_and_the_third_worker_serves(rig: Rig) -> None:
     rig.load(SHARED, rig.source("slow", slow_model(600)))
     rig.load(SHARED, rig.source("identity", identity({})))
