@@ -67,10 +67,16 @@ class Remora:
             check=False,
         )
 
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-        """Start and leave running; stdin, stdout and stderr are pipes unless told otherwise."""
+    @contextlib.contextmanager
+    def start(self, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """Start and let it run meanwhile; stdin, stdout and stderr are pipes unless told otherwise."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(self.command(*arguments), env=self.env, **{**pipes, **options})
+        with subprocess.Popen(self.command(*arguments), env=self.env, **{**pipes, **options}) as process:
+            try:
+                yield process
+            finally:
+                # A failed assertion must not wait for a process that waits for input.
+                process.kill()
 
     def json(self, *arguments: str) -> Any:
         done = self(*arguments)

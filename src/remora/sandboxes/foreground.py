@@ -63,7 +63,8 @@ def raw_terminal(fd: int = 0) -> Iterator[None]:
     """Pass every key on as it comes; the terminal is put back in order whatever happens."""
     before = termios.tcgetattr(fd)
     try:
-        tty.setraw(fd)
+        # Not TCSAFLUSH: what was typed meanwhile is meant for the process.
+        tty.setraw(fd, termios.TCSADRAIN)
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
