@@ -33,7 +33,7 @@ def busybox_layer(folder: Path) -> Path:
         "wc",
     ):
         (tree / "bin" / name).symlink_to("busybox")
-    for name in ("nc", "md5sum", "kill", "ps", "touch", "date", "grep", "tail", "mount", "df", "xxd", "printf"):
+    for name in ("nc", "md5sum", "kill", "ps", "touch", "date", "grep", "tail", "mount", "df", "printf", "mknod", "rm"):
         (tree / "bin" / name).symlink_to("busybox")
     (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nalice:x:1000:1000::/home/alice:/bin/sh\n")
     (tree / "etc/group").write_text("root:x:0:\nalice:x:1000:\nvideo:x:44:alice\n")

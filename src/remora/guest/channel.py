@@ -28,7 +28,7 @@ from remora.wire.mux import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Mapping, Type
+    from typing import Any, Callable, Dict, List, Mapping, Type
 
     from remora.reactor import Reactor
     from remora.wire.mux import Event
@@ -159,6 +159,7 @@ class Channel:
         self._pumping = False
         self._again = False
         self._retrying = False
+        self._drained: List[Callable[[], None]] = []
         reactor.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET, self._ready)
         self._soon()
 
@@ -191,6 +192,17 @@ class Channel:
     def consumed(self, stream: Stream, count: int) -> None:
         self._mux.consumed(stream.number, count)
         self._soon()
+
+    def when_drained(self, callback: Callable[[], None]) -> None:
+        """Call once, when all that streams have taken has left for the port."""
+        self._drained.append(callback)
+        self._soon()
+
+    def _tell_drained(self) -> None:
+        if self._drained:
+            callbacks, self._drained = self._drained, []
+            for callback in callbacks:
+                callback()
 
     def _forget(self, stream: Stream) -> None:
         stream.open = False
@@ -244,6 +256,7 @@ class Channel:
             if not self._out:
                 self._out = memoryview(b"".join(self._mux.outgoing(_WRITE_BYTES)))
                 if not self._out:
+                    self._tell_drained()
                     return
             try:
                 taken = os.write(self._fd, self._out)

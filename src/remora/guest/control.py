@@ -29,6 +29,7 @@ _KEEPS_PAUSE = ("Sync", "Ping")
 
 class Control:
     """Args:
+    when_drained: The channel's: calls back once everything sent so far is with the host's VMM.
     restart: Ends the VM.
     """
 
@@ -38,12 +39,14 @@ class Control:
         container: Container,
         ready: Ready,
         forwarder: Forwarder,
+        when_drained: Callable[[Callable[[], None]], None],
         restart: Callable[[], None] = system.restart,
     ) -> None:
         self._reactor = reactor
         self._container = container
         self._ready = ready
         self._forwarder = forwarder
+        self._when_drained = when_drained
         self._restart = restart
         self._held = False
         self._methods: Dict[str, Callable[[Call, Any], None]] = {
@@ -169,8 +172,7 @@ class Control:
 
     def _sync(self, call: Call, _request: Empty) -> None:
         self.hold(True)
-        # At the end of this turn everything handed to streams before has left for the port, ahead of the answer.
-        self._reactor.call_soon(lambda: self._ping(call))
+        self._when_drained(lambda: self._ping(call))
 
     def _shutdown(self, call: Call, _request: Empty) -> None:
         self._container.kill_everything()

@@ -40,7 +40,7 @@ class Guest:
         self.channel = Channel(reactor, port, services, self._restarted)
         self.ready = Ready(reactor, f"{shared}/guest.sock", template=template)
         self.forwarder = Forwarder(reactor, f"{shared}/accel.sock", self.channel)
-        self.control = Control(reactor, self.container, self.ready, self.forwarder)
+        self.control = Control(reactor, self.container, self.ready, self.forwarder, self.channel.when_drained)
 
     def _serve(self, stream: Stream) -> None:
         """ttrpc speaks to a socket: give it one, and carry its bytes."""

@@ -60,7 +60,7 @@ def setup(request: SetupRequest) -> List[Dict[str, Any]]:
     mounts = []
     for index, mount in enumerate(request.mounts):
         mounts.append(_extra_mount(disks, mount, f"{BASE}/mounts/{index}"))
-    mounts.append(bundle.bind(SHARED, "/run/remora", readonly=False))
+    mounts.append(bundle.bind(SHARED, "/run/remora", readonly=True))
     mounts.append(bundle.bind(_SDK, bundle.SDK, readonly=True))
     mounts.append(bundle.bind(f"{BASE}/hostname", "/etc/hostname", readonly=False))
     mounts.append(bundle.bind(f"{BASE}/hosts", "/etc/hosts", readonly=False))

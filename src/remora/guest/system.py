@@ -140,4 +140,5 @@ def loopback_up() -> None:
 
 def restart() -> None:
     """End the VM: the kernel restarts by triple fault (reboot=t), and the VMM exits instead."""
+    os.sync()
     write_text("/proc/sysrq-trigger", "b")

@@ -229,6 +229,18 @@ def test_no_accelerator_is_among_the_guests_devices(vm: GuestVm) -> None:
     assert "/dev/null" in devices.nodes
 
 
+def test_a_function_cannot_open_the_guests_own_devices(vm: GuestVm) -> None:
+    code = "mknod /tmp/disk b 254 0; mknod /tmp/ok c 1 3; head -c 1 /tmp/disk; echo x >/tmp/ok && echo null works"
+    name = start(vm, "sh", "-c", code)
+    with vm.attach(name, "stdout") as stdout, vm.attach(name, "stderr") as stderr:
+        assert read_all(stdout) == b"null works\n"
+        assert b"/tmp/disk: Operation not permitted" in read_all(stderr)
+
+
+def test_a_function_cannot_take_away_its_way_to_the_accelerator(vm: GuestVm) -> None:
+    assert output(vm, "sh", "-c", "rm -f /run/remora/accel.sock 2>/dev/null || echo kept") == "kept\n"
+
+
 def test_a_rejected_accelerator_stream_closes_the_connection(vm: GuestVm) -> None:
     # This microVM's host serves no accelerator.
     code = "import socket; s = socket.socket(1); s.connect('/run/remora/accel.sock'); print(s.recv(9))"
