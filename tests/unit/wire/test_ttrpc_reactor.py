@@ -15,6 +15,7 @@ import pytest
 
 from remora.errors import RemoraError
 from remora.reactor import Reactor
+from remora.wire.protobuf import DecodeError
 from remora.wire.remora_v1 import NoopRequest, NoopResponse
 from remora.wire.ttrpc.core import data_frame, request_frame
 from remora.wire.ttrpc.frames import HeapBlock
@@ -328,3 +329,46 @@ def test_a_handler_that_pauses_its_client_is_not_fed(bench: Bench) -> None:
     bench.connection.resume()
     bench.rest()
     assert len(got) == 2
+
+
+@pytest.mark.parametrize(("fault", "code"), [(ValueError("a bug"), 13), (DecodeError("no message"), 3)])
+def test_a_fault_while_a_stream_is_received_ends_only_its_call(bench: Bench, fault: Exception, code: int) -> None:
+    def handler(call: Call) -> None:
+        def take(_payload: bytes | memoryview, _release: Callable[[], None]) -> None:
+            raise fault
+
+        if call.client_open:
+            call.on_message = take
+        else:
+            echo(call)
+
+    client = bench.connect(handler)
+    client.sendall(
+        b"".join([*request_frame(1, "s", "M", None, flags=2), *data_frame(1, [b"x"]), *data_frame(1, [b"y"])])
+        + request(3)
+    )
+    bench.rest()
+    stream, response = read_response(client)
+    assert stream == 1
+    assert response.status is not None
+    assert response.status.code == code
+    assert read_response(client)[0] == 3
+
+
+def test_a_fault_in_one_cancel_callback_does_not_keep_others_from_being_called(bench: Bench) -> None:
+    told: list[int] = []
+
+    def handler(call: Call) -> None:
+        def cancelled(_reason: RemoraError) -> None:
+            told.append(call.stream_id)
+            raise ValueError("a bug")
+
+        call.on_cancel(cancelled)
+
+    client = bench.connect(handler)
+    client.sendall(request(1) + request(3))
+    bench.rest()
+    client.close()
+    bench.wait(lambda: bool(bench.closed))
+    assert told == [1, 3]
+    assert len(bench.errors) == 2

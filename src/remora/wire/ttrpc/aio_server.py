@@ -45,6 +45,10 @@ class _ServerConnection(Connection):
         """(`calls.Transport`)"""
         self.update_reading()
 
+    def report(self, error: BaseException) -> None:
+        """(`calls.Transport`)"""
+        asyncio.get_running_loop().call_exception_handler({"message": "ttrpc call failed", "exception": error})
+
     def frame(self, frame: Frame) -> None:
         call = self._calls.received(frame)
         if call is None:
@@ -136,7 +140,7 @@ class _Running:
             call.fail(error)
         except Exception as error:  # noqa: BLE001 - the border of a call: reported, and answered
             call.fail(InternalError(f"{call.service}/{call.method}: internal error", fix="see the server's log"))
-            asyncio.get_running_loop().call_exception_handler({"message": "ttrpc call failed", "exception": error})
+            self._connection.report(error)
         finally:
             self._hold(False)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from remora.errors import DeadlineExceededError, InvalidArgumentError, ProtocolError, RemoraError
+from remora.errors import DeadlineExceededError, InternalError, InvalidArgumentError, ProtocolError, RemoraError
 from remora.wire.protobuf import DecodeError
 from remora.wire.protobuf_kinds import read_length, read_varint
 from remora.wire.ttrpc.core import data_frame, error_frame, response_frame
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
             """Send a frame; `on_sent` is called once its buffers are no longer needed, sent or not."""
 
         def call_ended(self, call: Call) -> None: ...
+
+        def report(self, error: BaseException) -> None:
+            """Tell the operator of a fault in a handler."""
 
 
 #: Parsed starts of requests, by their bytes. The bound keeps peers from filling it; what does not fit is parsed anew.
@@ -149,16 +152,24 @@ class Call:
         self._on_cancel = self.on_message = self.on_half_close = None
         self._calls.active.pop(self.stream_id, None)
 
+    def run(self, handler: Callable[..., None], *args: Any) -> None:
+        """Call `handler`. What it raises is the answer: one fault ends neither other calls nor the connection."""
+        try:
+            handler(*args)
+        except RemoraError as error:
+            self.fail(error)
+        except Exception as error:  # noqa: BLE001 - the border of a call: reported, and answered
+            self.fail(InternalError(f"{self.service}/{self.method}: internal error", fix="see the server's log"))
+            self.connection.report(error)
+
     def _cancel(self, reason: RemoraError) -> None:
         """End the call without an answer; the connection's transport has sent one, or can't."""
         callback = self._on_cancel
         self._end()
-        try:
-            if callback is not None:
-                callback(reason)
-        finally:
-            self.release()
-            self.connection.call_ended(self)
+        if callback is not None:
+            self.run(callback, reason)
+        self.release()
+        self.connection.call_ended(self)
 
     # -- the request's memory ---------------------------------------------------------------------------------------
 
@@ -265,11 +276,11 @@ class Calls:
         if flags & NO_DATA or call.on_message is None:
             release()
         else:
-            call.on_message(body, release)  # type: ignore[arg-type]  # an error is a fault
+            call.run(call.on_message, body, release)
         if flags & REMOTE_CLOSED and call.client_open:
             call.client_open = False
             if call.on_half_close is not None:
-                call.on_half_close()
+                call.run(call.on_half_close)
 
 
 def _message_fault(call: Call, flags: int, body: Union[Piece, RemoraError]) -> Optional[RemoraError]:

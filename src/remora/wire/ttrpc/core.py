@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 
 from remora.errors import ProtocolError, RemoraError, ResourceExhaustedError, UnavailableError
-from remora.wire.protobuf import DecodeError, Message
+from remora.wire.protobuf import Message
 from remora.wire.protobuf_kinds import varint
 from remora.wire.ttrpc.frames import DATA, HEADER, NO_DATA, REMOTE_CLOSED, REMOTE_OPEN, REQUEST, RESPONSE
 from remora.wire.ttrpc.messages import ENVELOPE_LIMITS, KeyValue, Request, Response, error_of, status_of
@@ -249,8 +249,6 @@ class Streams:
     def _response(self, stream: ClientStream, body: Piece, block: Optional[Block]) -> None:
         try:
             payload = response_payload(body)
-        except DecodeError as error:
-            self._end(stream, error)
         except RemoraError as error:
             self._end(stream, error)
         else:

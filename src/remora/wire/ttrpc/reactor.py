@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 
-from remora.errors import InternalError, ProtocolError, RemoraError, UnavailableError
+from remora.errors import ProtocolError, RemoraError, UnavailableError
 from remora.reactor import READ, WRITE, Reactor, Timer, is_hangup
 from remora.wire.protobuf import gather
 from remora.wire.ttrpc.calls import Call, Calls
@@ -183,6 +183,10 @@ class ServerConnection:
         if self._events & READ == 0:
             self._update_events()
 
+    def report(self, error: BaseException) -> None:
+        """(`calls.Transport`)"""
+        self.reactor.on_error(error)
+
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def _ready(self, events: int) -> None:
@@ -229,13 +233,7 @@ class ServerConnection:
     def _handle(self, call: Call) -> None:
         if call.deadline_s is not None:
             self._watch_deadline(call.deadline_s)
-        try:
-            self._handler(call)
-        except RemoraError as error:
-            call.fail(error)
-        except Exception as error:  # noqa: BLE001 - the border of a call: one fault must not end the others
-            call.fail(InternalError(f"{call.service}/{call.method}: internal error", fix="see the server's log"))
-            self.reactor.on_error(error)
+        call.run(self._handler, call)
 
     def _update_events(self) -> None:
         if self.closed:

@@ -283,6 +283,10 @@ class Client:
                 self._streams.received(frame)
         except ProtocolError as error:
             self._lost(error)
+        except BaseException:
+            # Ctrl-C between receiving and sorting: bytes are gone, and what follows can't be told apart any more.
+            self._lost(UnavailableError("the connection was closed: reading was interrupted"))
+            raise
 
     def _lost(self, error: RemoraError) -> RemoraError:
         """End everything; return the error that ended it, which may be an earlier one.
