@@ -115,7 +115,7 @@ def config_json(process: Dict[str, Any], mounts: List[Dict[str, Any]], readonly_
                 "cgroupsPath": CGROUP,
                 "namespaces": [{"type": kind} for kind in ("pid", "ipc", "mount", "cgroup")],
                 "resources": {
-                    # The guest's own disks and channel are not the function's, not even root's; crun allows null, tty, ...
+                    # The guest's own disks and channel are not for the function, root or not; crun adds null, tty, ...
                     "devices": [{"allow": False, "access": "rwm"}],
                     "memory": {"limit": limit},
                 },
