@@ -38,6 +38,9 @@ class Limits:
     queue_length_per_tenant: int = 256
     #: Answers that wait for a reader who does not read.
     out_bytes_per_connection: int = 128 * MIB
+    #: What the kernel keeps of them: an answer that fits is sent at once, without waiting for its reader. The default
+    #: takes an image model's tensor (588 KiB), which the kernel's own 208 KiB would make three turns of the loop.
+    send_buffer_bytes: int = MIB
     #: A message must be complete this long after its first byte.
     frame_timeout_s: int = 30
     #: A connection must open a session this long after it was made.
@@ -85,6 +88,7 @@ _SECTIONS: dict[str, type[Section]] = {"limits": Limits, "store": StoreLimits, "
 _LEAST: dict[str, int] = {
     "message_bytes": 4 * MIB,
     "out_bytes_per_connection": 4 * KIB,
+    "send_buffer_bytes": 4 * KIB,
     "standby": 0,
     "tenant_memory_bytes": 0,
     "shared_memory_bytes": 0,

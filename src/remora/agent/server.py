@@ -131,6 +131,7 @@ class Agent:
         except RemoraError as error:
             self._refuse(sock, identity, error)
             return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.send_buffer_bytes)
         peer = peers.join(identity)
         peer.connection = ServerConnection(
             self._reactor,
