@@ -149,7 +149,8 @@ class Monitor:
             self._guest.close()
         if self._link is not None:
             self._link.close(detach_sandbox=True, keep_sessions=bool(self._record.fields.get("saved")))
-            self._record.fields["control_socket"] = ""
+            # So that the keeper need not detach it once more.
+            self._update(control_socket="")
         if self._thread.is_alive():
             self._reactor.stop()
             self._thread.join()
