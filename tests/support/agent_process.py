@@ -57,6 +57,8 @@ class AgentProcess:
         self._config.write_text(config)
         self._models = models or directory / "models"
         self._process: subprocess.Popen[bytes] | None = None
+        #: What it wrote to its --ready-fd: where it listens.
+        self.listening = ""
 
     @property
     def pid(self) -> int:
@@ -89,7 +91,8 @@ class AgentProcess:
                 env=self.environment,
             )
             os.close(ready_w)
-            if not ready.readline():
+            self.listening = ready.readline().decode().strip()
+            if not self.listening:
                 self.stop()
                 pytest.fail(f"the agent did not start:\n{self.log[-3000:]}")
 
