@@ -234,7 +234,6 @@ class Domain:
             model = self._models.get(pending.job.model)
             outcome = pending.result(message, model.source if model is not None else None, run_us)
         del self.jobs[pending.id]
-        self._failed_starts = 0
         if isinstance(outcome, Result) and outcome.outputs and not pending.sized:
             self._remember_size(pending, outcome)
         if pending.error is not None:
@@ -297,6 +296,7 @@ class Domain:
             self._assign(process)
 
     def _assign(self, process: WorkerProcess) -> None:
+        self._failed_starts = 0
         memory = self._settings.shared_memory_bytes if self._shared else self._settings.tenant_memory_bytes
         device, threads = self._settings.device, self._settings.threads
         process.tell({"t": "assign", "memory": memory, "threads": threads, "device": device})

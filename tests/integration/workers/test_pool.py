@@ -204,6 +204,55 @@ def test_many_jobs_in_flight_each_get_their_own_answer(shared_rig: Rig) -> None:
     assert shared_rig.pool._arenas["t"].used == 0
 
 
+def nonzero_model() -> bytes:
+    """Return a model whose output's size only running tells: the indices of what is not zero."""
+    graph = helper.make_graph(
+        [helper.make_node("NonZero", ["input"], ["found"]), helper.make_node("Neg", ["input"], ["minus"])],
+        "nonzero",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N"])],
+        [
+            helper.make_tensor_value_info("found", TensorProto.INT64, [1, "found"]),
+            helper.make_tensor_value_info("minus", TensorProto.FLOAT, ["N"]),
+        ],
+    )
+    return bytes(helper.make_model(graph, opset_imports=OPSET, ir_version=8).SerializeToString())
+
+
+def test_outputs_of_unknown_size_get_the_room_they_need(shared_rig: Rig) -> None:
+    shared_rig.load(SHARED, shared_rig.source("nonzero", nonzero_model()))
+    for count in (0, 3, 50_000, 50_000, 7):
+        given = np.concatenate([np.ones(count, np.float32), np.zeros(5, np.float32)])
+        result = shared_rig.run(infer(given, model="nonzero", tenant="sparse"))
+        assert isinstance(result, Result)
+        found, minus = result.outputs
+        assert (found.name, found.dtype, found.shape) == ("found", "int64", (1, count))
+        assert np.array_equal(np.frombuffer(found.data, np.int64), np.arange(count))
+        assert np.array_equal(np.frombuffer(minus.data, np.float32), -given)
+        result.release()
+    assert shared_rig.pool._arenas["sparse"].used == 0
+
+
+def test_outputs_come_in_the_order_in_which_they_were_asked_for(shared_rig: Rig) -> None:
+    shared_rig.load(SHARED, shared_rig.source("nonzero", nonzero_model()))
+    for names in (("minus",), ("minus", "found"), ("found",)):
+        result = shared_rig.run(infer(np.ones(4, np.float32), model="nonzero", outputs=names))
+        assert isinstance(result, Result)
+        assert tuple(output.name for output in result.outputs) == names
+        result.release()
+
+
+def test_outputs_over_the_limit_are_refused_with_their_size(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, standby=0, arena_bytes=4 << 20, output_bytes=1 << 20)
+    try:
+        rig.load(SHARED, rig.source("nonzero", nonzero_model()))
+        outcome = rig.run(infer(np.ones(200_000, np.float32), model="nonzero"))
+        assert type(outcome) is ResourceExhaustedError
+        assert "2400000 bytes" in str(outcome)
+        assert rig.pool._arenas["t"].used == 0
+    finally:
+        rig.close()
+
+
 def test_noop_needs_no_model_and_no_arena(shared_rig: Rig) -> None:
     result = shared_rig.run(Job("noop", SHARED, "nobody", ""))
     assert isinstance(result, Result)
