@@ -32,6 +32,7 @@ class _ServerConnection(Connection):
         self._calls = Calls(self)
         self._tasks: Set[asyncio.Task[None]] = set()
         self._timer: Optional[asyncio.TimerHandle] = None
+        self._frame_timer: Optional[asyncio.TimerHandle] = None
         self._paused = 0
         server.connections.add(self)
 
@@ -69,10 +70,16 @@ class _ServerConnection(Connection):
         self._watch_deadlines()
         self.update_reading()
 
+    def buffer_updated(self, count: int) -> None:
+        super().buffer_updated(count)
+        if self._frame_timer is None and self._decoder.partial_bytes:
+            self._watch_frame()
+
     def lost(self, error: RemoraError) -> None:
         self._server.connections.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._frame_timer):
+            if timer is not None:
+                timer.cancel()
         self._calls.cancel_all(error)
 
     def pause_writing(self) -> None:
@@ -96,6 +103,21 @@ class _ServerConnection(Connection):
             transport.pause_reading()
         elif not full and not transport.is_reading():
             transport.resume_reading()
+
+    def _watch_frame(self) -> None:
+        mark = self._decoder.frames
+
+        def check() -> None:
+            self._frame_timer = None
+            if not self._decoder.partial_bytes:
+                return
+            if self._decoder.frames == mark and self.transport is not None and self.transport.is_reading():
+                self.abort()  # it stopped in the middle of a message
+            else:
+                self._watch_frame()
+
+        allowed_s = self._decoder.allowed_s(self._server.frame_timeout_s)
+        self._frame_timer = asyncio.get_running_loop().call_later(allowed_s, check)
 
     def _watch_deadlines(self) -> None:
         if self._timer is not None:
@@ -170,10 +192,11 @@ class _Running:
 class Server:
     """Serves `services` on a listening socket. Make it with `start`; close it with `close`."""
 
-    def __init__(self, services: Services, max_message_bytes: int, max_in_flight: int) -> None:
+    def __init__(self, services: Services, max_message_bytes: int, max_in_flight: int, frame_timeout_s: float) -> None:
         self.services = services
         self.max_message_bytes = max_message_bytes
         self.max_in_flight = max_in_flight
+        self.frame_timeout_s = frame_timeout_s
         self.connections: Set[_ServerConnection] = set()
         self._server: Optional[asyncio.AbstractServer] = None
 
@@ -185,8 +208,10 @@ class Server:
         *,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_in_flight: int = 64,
+        frame_timeout_s: float = 30.0,
     ) -> Server:
-        server = cls(services, max_message_bytes, max_in_flight)
+        """Return a server that accepts on `sock`; bounds per connection as in `reactor.ServerConnection`."""
+        server = cls(services, max_message_bytes, max_in_flight, frame_timeout_s)
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
         server._server = await loop.create_server(lambda: _ServerConnection(server), sock=sock)

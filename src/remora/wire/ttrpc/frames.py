@@ -44,6 +44,9 @@ ALLOCATE_BYTES = 65536
 #: Mappings kept for the next large body: how many, and up to which size.
 _KEEP_MAPPINGS, _KEEP_BYTES = 4, 1 << 20
 
+#: A begun frame may take a server's `frame_timeout_s` and this long for its bytes.
+_SLOWEST_BYTES_PER_S = 65536
+
 _HEADER_BYTES = HEADER.size
 _kept_mappings: List[mmap.mmap] = []
 
@@ -142,6 +145,10 @@ class FrameDecoder:
         if self._view is not None:
             return len(self._view)
         return self._skip or len(self._head)
+
+    def allowed_s(self, frame_timeout_s: float) -> float:
+        """Return how long the frame of which only a part has come may take."""
+        return frame_timeout_s + min(self.partial_bytes, self.max_message_bytes) / _SLOWEST_BYTES_PER_S
 
     def get_buffer(self) -> memoryview:
         view = self._view

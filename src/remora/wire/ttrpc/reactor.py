@@ -32,8 +32,6 @@ __all__ = ["Call", "Listener", "ServerConnection", "listen"]
 _READS_PER_TURN = 16
 #: The kernel takes this many buffers at once (IOV_MAX, sendmsg(2)).
 _MAX_PIECES = 1024
-#: A frame may take `frame_timeout_s` and this long for its bytes.
-_SLOWEST_BYTES_PER_S = 65536
 
 
 class ServerConnection:
@@ -296,9 +294,8 @@ class ServerConnection:
     # -- time -------------------------------------------------------------------------------------------------------
 
     def _watch_frame(self) -> None:
-        size = min(self._decoder.partial_bytes, self._decoder.max_message_bytes)
         mark = self._decoder.frames
-        allowed_s = self._frame_timeout_s + size / _SLOWEST_BYTES_PER_S
+        allowed_s = self._decoder.allowed_s(self._frame_timeout_s)
 
         def check() -> None:
             self._frame_timer = None
