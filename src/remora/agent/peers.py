@@ -27,13 +27,15 @@ class Connection(Protocol):
 class Peer:
     """One connection. Small on purpose: ten thousand idle ones wait on a node."""
 
-    __slots__ = ("active_s", "connection", "identity", "made_s", "requests", "runs", "session", "sessions")
+    __slots__ = ("active_s", "connection", "greeting", "identity", "made_s", "requests", "runs", "session", "sessions")
 
     def __init__(self, identity: Identity, now_s: float) -> None:
         self.identity = identity
         self.connection: Connection | None = None
         #: Opened by Hello; a vAccel connection has none, its requests name theirs.
         self.session: Session | None = None
+        #: Hello is on its way: a second one must not open a second session.
+        self.greeting = False
         #: All sessions used over this connection; their leases do not run meanwhile.
         self.sessions: set[Session] | None = None
         self.runs: set[Run] | None = None

@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from remora.agent.identity import Identity
@@ -98,6 +98,7 @@ class Sessions:
         self._by_number: dict[tuple[str, int], Session] = {}
         self._leases: OrderedDict[str, float] = OrderedDict()
         self.per_tenant: Counter[str] = Counter()
+        self._model_users: Counter[tuple[str, str]] = Counter()  # (tenant, model) -> sessions
         self._recover()
 
     def _recover(self) -> None:
@@ -111,9 +112,13 @@ class Sessions:
         for sid, model, model_format in self._journal.rows("SELECT session, model, format FROM session_models"):
             if (session := self._by_id.get(sid)) is not None:
                 session.models = (session.models or {}) | {model: model_format}
+                self._model_users[session.tenant, model] += 1
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._by_id.values())
 
     def of_owner(self, owner: str) -> list[Session]:
         return [session for session in self._by_id.values() if session.owner == owner]
@@ -249,6 +254,7 @@ class Sessions:
                 statements.append(("INSERT INTO session_holds VALUES (?,?)", (session.id, digest)))
             session.models = dict(copy_of.models) if copy_of.models else None
             for model, model_format in (session.models or {}).items():
+                self._model_users[session.tenant, model] += 1
                 statements.append(("INSERT INTO session_models VALUES (?,?,?)", (session.id, model, model_format)))
             self.on_fork(copy_of, session)
 
@@ -291,6 +297,8 @@ class Sessions:
                 f"this session has {len(models)} models loaded (limits.models_per_session)",
                 fix="unload one, or ask the operator to raise it",
             )
+        if model not in models:
+            self._model_users[session.tenant, model] += 1
         if models.get(model) != model_format:
             models[model] = model_format
             session.models = models
@@ -306,15 +314,18 @@ class Sessions:
         """Forget a loaded model; False if the session had not loaded it."""
         if session.models is None or session.models.pop(model, None) is None:
             return False
+        self._forget_user(session.tenant, model)
         self._journal.write(("DELETE FROM session_models WHERE session=? AND model=?", (session.id, model)))
         return True
 
     def uses_model(self, tenant: str, model: str) -> bool:
         """True if some session of the tenant has loaded the model."""
-        return any(
-            session.tenant == tenant and session.models is not None and model in session.models
-            for session in self._by_id.values()
-        )
+        return (tenant, model) in self._model_users
+
+    def _forget_user(self, tenant: str, model: str) -> None:
+        self._model_users[tenant, model] -= 1
+        if not self._model_users[tenant, model]:
+            del self._model_users[tenant, model]
 
     # -- living and ending ------------------------------------------------------------------------------------------
 
@@ -360,6 +371,8 @@ class Sessions:
             ("DELETE FROM session_models WHERE session=?", (session.id,)),
             ("DELETE FROM vaccel_registrations WHERE session=?", (session.id,)),
         )
+        for model in session.models or ():
+            self._forget_user(session.tenant, model)
         self.on_end(session)
         for digest in session.holds or ():
             self._store.unhold(session.tenant, digest)

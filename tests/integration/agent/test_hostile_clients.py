@@ -323,3 +323,18 @@ def healthy(agent: AgentProcess) -> bool:
             return sock.recv(100).startswith(b"HTTP/1.1 200")
         except OSError:
             return False
+
+
+def test_many_hellos_at_once_open_one_session(agent: AgentProcess) -> None:
+    from remora.wire import control_v1
+
+    hello = remora_v1.HelloRequest(version=1, client="many")
+    before = agent.ask("Status", control_v1.Empty(), control_v1.StatusResponse).sessions
+    with agent.connect() as sock:
+        for number in range(100):
+            for piece in request_frame(2 * number + 1, remora_v1.SERVICE, "Hello", hello):
+                sock.sendall(piece)
+        for _ in range(100):
+            size, *_rest = HEADER.unpack(sock.recv(10, socket.MSG_WAITALL))
+            sock.recv(size, socket.MSG_WAITALL)
+        assert agent.ask("Status", control_v1.Empty(), control_v1.StatusResponse).sessions <= before + 1

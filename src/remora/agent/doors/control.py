@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,8 @@ class ControlDoor:
         self._core.log.info("sandbox detached", sandbox=request.sandbox, keep_sessions=request.keep_sessions)
 
     def _list(self, call: Call, _request: v1.Empty) -> None:
+        sessions = Counter(session.owner for session in self._core.sessions)
+        connections = Counter(peer.identity.key for peer in self._core.peers)
         listed = []
         for attachment in self._attachments.all():
             identity = attachment.identity
@@ -91,8 +94,8 @@ class ControlDoor:
                     directory=str(attachment.directory),
                     parent=identity.parent,
                     template=identity.template,
-                    connections=len(self._core.peers.of_key(identity.key)),
-                    sessions=len(self._core.sessions.of_owner(identity.key)),
+                    connections=connections[identity.key],
+                    sessions=sessions[identity.key],
                     requests=attachment.requests,
                 )
             )

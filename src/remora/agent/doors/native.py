@@ -110,7 +110,7 @@ class NativeDoor:
     # -- the session ------------------------------------------------------------------------------------------------
 
     def _hello(self, peer: Peer, call: Call, request: v1.HelloRequest) -> None:
-        if peer.session is not None:
+        if peer.session is not None or peer.greeting:
             raise FailedPreconditionError("this connection has a session already", fix="say Hello once per connection")
         if not 1 <= request.version <= v1.VERSION:
             raise InvalidArgumentError(
@@ -125,8 +125,10 @@ class NativeDoor:
                 self._welcome(peer, call, client, session, bytes(token), resumed=True)
                 return
             if sessions.fork(identity, token, lambda outcome: self._opened(peer, call, client, outcome, forked=True)):
+                peer.greeting = True
                 return
         sessions.create(identity, lambda outcome: self._opened(peer, call, client, outcome))
+        peer.greeting = True
 
     def _opened(
         self,
@@ -137,11 +139,9 @@ class NativeDoor:
         *,
         forked: bool = False,
     ) -> None:
+        peer.greeting = False
         if isinstance(outcome, RemoraError):
             self._fail(peer, call, outcome)
-        elif peer.session is not None:  # two Hellos at once
-            self._core.sessions.end(outcome[0])
-            self._fail(peer, call, FailedPreconditionError("this connection has a session already"))
         else:
             self._welcome(peer, call, client, *outcome, forked=forked)
 
