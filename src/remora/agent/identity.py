@@ -76,20 +76,26 @@ TCP = Identity("tcp", "tcp")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen. `path` for a Unix socket, else host and port."""
+    """Where to listen: a Unix socket's `path` or `abstract` name, else host and port."""
 
     text: str
     path: Path | None = None
+    abstract: str = ""
     host: str = ""
     port: int = 0
 
 
 def parse_address(text: str) -> Address:
-    """Read `unix:///path`, a bare absolute path, or `tcp://host:port` on loopback.
+    """Read `unix:///path`, a bare absolute path, `unix://@name` (abstract) or `tcp://host:port` on loopback.
 
     Raises:
         InvalidArgumentError: any other form, or a TCP address that other machines could reach.
     """
+    if text.startswith("unix://@"):
+        name = text.removeprefix("unix://@")
+        if not name or "\0" in name or len(name.encode()) > MAX_SOCKET_PATH - 1:
+            raise InvalidArgumentError(f"{text!r} has no name that a socket can have", fix="write unix://@name")
+        return Address(text, abstract=name)
     if text.startswith(("unix://", "/")):
         path = Path(text.removeprefix("unix://"))
         if not path.is_absolute():
@@ -115,7 +121,7 @@ def parse_address(text: str) -> Address:
             )
         return Address(text, host="127.0.0.1" if host == "localhost" else host, port=int(port))
     raise InvalidArgumentError(
-        f"{text!r} is not an address to listen on", fix="write unix:///path or tcp://127.0.0.1:port"
+        f"{text!r} is not an address to listen on", fix="write unix:///path, unix://@name or tcp://127.0.0.1:port"
     )
 
 

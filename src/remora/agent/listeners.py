@@ -83,6 +83,32 @@ def bind_unix(path: Path, mode: int) -> socket.socket:
     return sock
 
 
+def bind_abstract(name: str) -> socket.socket:
+    """Listen on an abstract Unix socket: it has no file and no permissions, and ends with this process.
+
+    Raises:
+        AlreadyExistsError: the name is taken.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind(f"\0{name}")
+    except OSError as error:
+        sock.close()
+        raise AlreadyExistsError(
+            f"another process listens on unix://@{name}", fix="stop it, or choose another name"
+        ) from error
+    sock.listen(_BACKLOG)
+    sock.setblocking(False)
+    return sock
+
+
+def bind(address: Address, mode: int) -> socket.socket:
+    """Listen where the address says; `mode` is for a socket with a file. Raises as the functions for each kind."""
+    if address.path is not None:
+        return bind_unix(address.path, mode)
+    return bind_abstract(address.abstract) if address.abstract else bind_tcp(address)
+
+
 def bind_tcp(address: Address) -> socket.socket:
     """Listen on a loopback TCP port.
 

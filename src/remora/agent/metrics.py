@@ -81,6 +81,12 @@ class Metrics:
         """Have `read` called for the values of a metric at every scrape."""
         self._gauges.append((name, text, labels, read))
 
+    @staticmethod
+    def prepare() -> None:
+        """Import what `exposition` needs; in a thread, because it takes a tenth of a second."""
+        import prometheus_client.core
+        import prometheus_client.exposition  # noqa: F401 - imported for the next import
+
     def exposition(self) -> bytes:
         """Return everything in Prometheus' text format."""
         from prometheus_client import CollectorRegistry

@@ -17,7 +17,7 @@ from remora.agent.doors.native import NativeDoor
 from remora.agent.doors.vaccel import VaccelDoor
 from remora.agent.http import HttpServer
 from remora.agent.identity import Address, Identity
-from remora.agent.listeners import Listener, bind_tcp, bind_unix
+from remora.agent.listeners import Listener, bind, bind_unix
 from remora.agent.logs import Log
 from remora.agent.models import CatalogueEntry
 from remora.agent.peers import Peer
@@ -80,16 +80,9 @@ class Agent:
 
     def listen(self, address: Address) -> str:
         """Serve callers on a Unix socket or a loopback port; return the address with the port that was given."""
-        if address.path is not None:
-            sock = bind_unix(address.path, _OPEN_MODE)
-            self._listeners.append(Listener(self._reactor, sock, self._unix_connection, address.path))
-            text = address.text
-        else:
-            listener = Listener(
-                self._reactor, bind_tcp(address), lambda connection: self._connection(connection, identities.TCP)
-            )
-            self._listeners.append(listener)
-            text = f"tcp://{address.host}:{listener.port}"
+        listener = Listener(self._reactor, bind(address, _OPEN_MODE), self._accepted, address.path)
+        self._listeners.append(listener)
+        text = f"tcp://{address.host}:{listener.port}" if listener.port else address.text
         self._addresses.append(text)
         return text
 
@@ -107,19 +100,19 @@ class Agent:
 
     def listen_metrics(self, address: Address) -> None:
         """Serve /metrics and /healthz."""
-        sock = bind_unix(address.path, _OWNER_MODE) if address.path is not None else bind_tcp(address)
+        sock = bind(address, _OWNER_MODE)
         pages = {"/metrics": self._metrics_page, "/healthz": self._health_page}
         self._http = HttpServer(self._reactor, sock, pages)
         self._http_path = address.path
-        if address.path is None:
-            self.metrics_address = f"tcp://{address.host}:{sock.getsockname()[1]}"
-        else:
-            self.metrics_address = address.text
+        self.core.disk.insist("metrics", self.core.metrics.prepare)
+        name = sock.getsockname()
+        self.metrics_address = f"tcp://{address.host}:{name[1]}" if isinstance(name, tuple) else address.text
 
     # -- connections ------------------------------------------------------------------------------------------------
 
-    def _unix_connection(self, sock: socket.socket) -> None:
-        self._connection(sock, identities.of_unix_peer(sock))
+    def _accepted(self, sock: socket.socket) -> None:
+        unix = sock.family == socket.AF_UNIX
+        self._connection(sock, identities.of_unix_peer(sock) if unix else identities.TCP)
 
     def _attached_connection(self, attachment: Attachment, sock: socket.socket) -> None:
         self._connection(sock, attachment.identity, attachment)

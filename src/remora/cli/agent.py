@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help="unix:///path or tcp://127.0.0.1:port; may be given several times "
+        help="unix:///path, unix://@name or tcp://127.0.0.1:port; may be given several times "
         f"(default: unix://{paths.agent_socket()})",
     )
     parser.add_argument(

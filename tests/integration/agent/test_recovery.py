@@ -292,3 +292,26 @@ def test_tcp_on_loopback_is_a_tenant_of_its_own(tmp_path: Path, models: Path) ->
             wait_until(lambda: '"tenant": "tcp"' in running.log, "the session is in the log")
     finally:
         assert running.stop() == 0
+
+
+def test_an_abstract_socket_knows_its_callers_too(tmp_path: Path, models: Path) -> None:
+    running = AgentProcess(tmp_path, models=models)
+    name = f"remora-test-{os.getpid()}"
+    running.address = f"unix://@{name}"
+    running.start()
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(f"\0{name}")
+            with Guest(sock) as guest:
+                guest.infer("identity")
+        wait_until(lambda: f"tenant=uid:{os.geteuid()}" in running.log, "the session is in the log")
+        second = subprocess.run(
+            [*running.command()[:-1], str(tmp_path / "none"), "--state", str(tmp_path / "second")],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**running.environment, "REMORA_RUNTIME_DIR": str(tmp_path / "run-2")},
+        )
+        assert "another process listens" in second.stderr
+    finally:
+        assert running.stop() == 0

@@ -36,6 +36,7 @@ def test_names_that_are_no_names_are_refused(name: str) -> None:
 
 def test_addresses_are_read_as_elsewhere() -> None:
     assert parse_address("unix:///run/a.sock").path == Path("/run/a.sock")
+    assert parse_address("unix://@name").abstract == "name"
     assert parse_address("/run/a.sock").path == Path("/run/a.sock")
     assert parse_address("tcp://127.0.0.1:2048").port == 2048
     assert parse_address("tcp://localhost:1").host == "127.0.0.1"
