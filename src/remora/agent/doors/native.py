@@ -39,7 +39,7 @@ def _same_data(payload: bytes | memoryview) -> list[bytes | memoryview] | None:
     end = 2 + payload[1]
     if end == size:
         return [payload]
-    if end + 1 < size <= end + 10 and payload[end] == 0x10 and payload[size - 1] < 128:
+    if end + 1 < size <= end + 11 and payload[end] == 0x10 and payload[size - 1] < 128:
         tail = payload[end + 1 : size - 1]
         if all(byte > 127 for byte in tail):  # one varint
             return [payload[:end]]
