@@ -3,8 +3,8 @@
     python tests/e2e/chaos.py 50 [--seed N] [--boot]
 
 Each round starts an agent if none runs and a microVM (a clone; with --boot every fifth round boots cold), waits a
-random time, and sends SIGKILL to one of: the agent, a worker, QEMU, `remora run`, the monitor, the keeper. Then the next
-run and the next request must succeed, nothing of the dead microVM may be left, and a model that was uploaded and
+random time, and sends SIGKILL to one of: the agent, a worker, QEMU, `remora run`, the monitor, the keeper. Then the
+next run and the next request must succeed, nothing of the dead microVM may be left, and a model that was uploaded and
 acknowledged in the first round must still be there without being sent again. Exit status 0 if all rounds held.
 """
 

@@ -86,9 +86,12 @@ class AgentLink:
             self._thread.join(CALL_TIMEOUT_S)
         client, self._client = self._client, None
         try:
-            if client is not None and detach_sandbox:
+            if detach_sandbox and client is not None:
                 request = v1.DetachRequest(sandbox=self._sandbox, keep_sessions=keep_sessions)
                 client.call(v1.SERVICE, "Detach", request, v1.Empty, timeout_s=CALL_TIMEOUT_S)
+            elif detach_sandbox:
+                # An agent that has just come back may know this sandbox from its journal.
+                detach(self._spec.control_socket, self._sandbox, keep_sessions=keep_sessions)
         except UnavailableError:
             pass  # an agent that is gone holds no attachment
         finally:

@@ -35,6 +35,8 @@ QMP_TIMEOUT_S = 30.0
 RESTORE_TIMEOUT_S = 30.0
 #: How long a foreground maker may take to fetch the last output after `remora stop`.
 FAREWELL_S = 5.0
+#: How long QEMU may take to end once its sockets have closed.
+EXPLAIN_S = 1.0
 
 
 class Monitor:
@@ -57,6 +59,7 @@ class Monitor:
         self._logs_done = threading.Event()
         self._released = False
         self._ending = threading.Event()
+        self._reason_known = threading.Event()
         self._why: RemoraError | None = None
         self._stamps: dict[str, float] = {}
         self._warning = ""
@@ -72,6 +75,9 @@ class Monitor:
             while not self._ending.is_set():
                 self._requests.get()()
         except Exception as error:  # noqa: BLE001 - the last stop of everything: reported to the maker
+            if isinstance(error, UnavailableError) and self._thread.is_alive():
+                # That the guest is gone shows here first; why it is gone, the reactor learns from QEMU's end.
+                self._reason_known.wait(EXPLAIN_S)
             self._report_failure(self._why or error)
         finally:
             self._end()
@@ -91,7 +97,8 @@ class Monitor:
                 break
             except UnavailableError:
                 # A guest under emulation may hang while it boots (guest clock, busy host): once more, with more time.
-                if last_try or launch.state_file is not None or self._ending.is_set() or not self._machine_runs():
+                # One that has ended shows this way, too, a moment before QEMU's end is known.
+                if last_try or launch.state_file is not None or self._reason_known.wait(EXPLAIN_S):
                     raise
                 self._replace_machine()
         if launch.detached:
@@ -237,14 +244,15 @@ class Monitor:
     def _watch_machine(self, machine: Machine, channel: socket.socket) -> None:
         self._reactor.watch_pid(machine.pid, lambda: self._machine_ended(machine))
         self._reactor.register(machine.console.fileno(), READ, lambda _events: self._read_console(machine))
-        self._bridge = Bridge(self._reactor, channel, self._launch.directory, on_end=self._channel_ended)
+
+        def ended(error: RemoraError) -> None:
+            self._channel_ended(machine, error)
+
+        self._bridge = Bridge(self._reactor, channel, self._launch.directory, on_end=ended)
 
     def _read_console(self, machine: Machine) -> None:
         if not machine.read_console():
             self._reactor.unregister(machine.console.fileno())
-
-    def _machine_runs(self) -> bool:
-        return self._machine is not None and self._machine.reap() is None
 
     def _replace_machine(self) -> None:
         old, bridge = self._machine, self._bridge
@@ -286,6 +294,7 @@ class Monitor:
         if self._machine is not None:
             self._machine.kill()
         self._reactor.post(self._close_bridge)
+        self._reason_known.set()
         self._requests.put(lambda: None)
 
     def _close_bridge(self) -> None:
@@ -308,12 +317,16 @@ class Monitor:
             why = UnavailableError(f"the guest powered off by itself{console}")
         self._abort(why)
 
-    def _channel_ended(self, error: RemoraError) -> None:
-        if isinstance(error, UnavailableError) and self._machine is not None:
+    def _channel_ended(self, machine: Machine, error: RemoraError) -> None:
+        def give_up() -> None:
+            if machine is self._machine:
+                self._abort(error)
+
+        if isinstance(error, UnavailableError):
             # QEMU is going: its end says more than this.
-            self._reactor.call_later(1.0, lambda: self._abort(error))
+            self._reactor.call_later(2 * EXPLAIN_S, give_up)
         else:
-            self._abort(error)
+            give_up()
 
     def _listen(self) -> None:
         self._reactor.register(self._leash.fileno(), READ, lambda _events: self._on_leash())

@@ -102,9 +102,17 @@ class Registry:
             directory = self.root / sandbox_id
             directory.mkdir(mode=0o700)
             record = Record(sandbox_id, directory, {"id": sandbox_id, "state": "starting", **fields})
-            lock_fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock_fd, fcntl.LOCK_EX)
-            write_state(record)
+            lock_fd = -1
+            try:
+                lock_fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(lock_fd, fcntl.LOCK_EX)
+                write_state(record)
+            except BaseException:
+                # A full disk must not be filled with empty directories.
+                shutil.rmtree(directory, ignore_errors=True)
+                if lock_fd >= 0:
+                    os.close(lock_fd)
+                raise
         return record, lock_fd
 
     def all(self) -> list[Record]:
