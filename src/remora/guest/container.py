@@ -10,6 +10,7 @@ import array
 import os
 import signal
 import socket
+from collections import deque
 
 from remora.errors import (
     AlreadyExistsError,
@@ -26,13 +27,15 @@ from remora.reactor import READ
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional
+    from typing import Any, Callable, Deque, Dict, List, Optional
 
     from remora.guest.children import Children
     from remora.reactor import Reactor
     from remora.wire.guest_v1 import Process, SetupRequest
 
 MAIN = "main"
+#: Ended processes whose status and unread output are kept; a probe every few seconds must not fill the guest.
+_MAX_ENDED = 64
 _CRUN = ["/usr/bin/crun", "--root", f"{rootfs.BASE}/crun", "--cgroup-manager=cgroupfs"]
 CGROUP = "/sys/fs/cgroup" + bundle.CGROUP
 #: Signals whose default is not to end the process (signal(7)).
@@ -41,7 +44,7 @@ _HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH, sig
 
 
 class Running:
-    """One process of the container, from its start until the guest ends: its status can be asked for again."""
+    """One process of the container, from its start on; its status can be asked for again after its end."""
 
     def __init__(self, name: str, stdio: Stdio) -> None:
         self.name = name
@@ -82,6 +85,7 @@ class Container:
         self._mounts: Optional[List[Dict[str, Any]]] = None
         self._readonly_root = False
         self._processes: Dict[str, Running] = {}
+        self._ended: Deque[Running] = deque()
         self._counter = 0
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -173,10 +177,19 @@ class Container:
 
         def ended(exit_status: int) -> None:
             running.ended(exit_status, exit_status == 128 + signal.SIGKILL and oom_kills() > kills)
+            running.when_finished(lambda: self._forget_oldest(running))
 
         self._children.when_ended(running.pid, ended)
         self._on_started(running)
         return None
+
+    def _forget_oldest(self, running: Running) -> None:
+        if running.name != MAIN:
+            self._ended.append(running)
+        if len(self._ended) > _MAX_ENDED:
+            oldest = self._ended.popleft()
+            del self._processes[oldest.name]
+            oldest.stdio.close()
 
     # -- processes --------------------------------------------------------------------------------------------------
 

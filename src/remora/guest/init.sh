@@ -2,6 +2,7 @@
 # Brings the guest from the initrd to its OS disk: every process costs 5 ms under emulation, so this starts as few as it
 # can (one modprobe for all modules, one mount for all file systems) and leaves the rest to PID 1.
 B=/bin/busybox
+ulimit -n 16384 # three descriptors for each connection to the accelerator
 fail() { echo "remora: $1"; $B reboot -f; }
 $B mount -t devtmpfs dev /dev
 $B mount -t sysfs sys /sys

@@ -15,7 +15,7 @@ from remora import reactor as reactor_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Callable, Deque, Optional
+    from typing import Callable, Deque, List, Optional
 
     from remora.guest.channel import Stream
     from remora.reactor import Reactor
@@ -42,7 +42,7 @@ class FromDescriptor:
         self._held = False
         self._at_end = False
         self._on_end = on_end
-        self._on_empty: Optional[Callable[[], None]] = None
+        self._on_empty: List[Callable[[], None]] = []
         self.ended = False
 
     @property
@@ -55,7 +55,10 @@ class FromDescriptor:
             self._stream.reset()
         self._stream = stream
         stream.on_writable = self._pump
-        self._pump()
+        if self.ended:
+            stream.close_write()
+        else:
+            self._pump()
 
     def detach(self) -> None:
         """The stream is gone: keep what comes until the next one."""
@@ -65,7 +68,10 @@ class FromDescriptor:
 
     def when_empty(self, callback: Callable[[], None]) -> None:
         """Call once when everything written so far has been handed over, or nobody is attached to take it."""
-        self._on_empty = callback
+        if self.ended:
+            callback()
+            return
+        self._on_empty.append(callback)
         self._pump()
 
     def hold(self, held: bool) -> None:
@@ -73,7 +79,7 @@ class FromDescriptor:
         self._held = held
         if held:
             self._watch(False)
-        else:
+        elif not self.ended:
             self._pump()
 
     def close(self) -> None:
@@ -82,14 +88,19 @@ class FromDescriptor:
             os.close(self._fd)
             self._fd = -1
         self.ended = True
+        self._tell_empty()
 
     def _pump(self, _events: int = 0) -> None:
         stream = self._stream
-        if stream is None or self._held:
+        if stream is None:
             self._tell_empty()
+        if stream is None or self._held or self.ended:
             return
-        empty = False
         for _ in range(_TURNS):
+            if not self._rest and not self._at_end and not self._read():
+                self._watch(True)
+                self._tell_empty()
+                return
             if self._rest:
                 taken = stream.send(self._rest)
                 if taken < len(self._rest):
@@ -97,39 +108,34 @@ class FromDescriptor:
                     self._watch(False)  # the stream calls when it can take more
                     return
                 self._rest = b""
-            if self._at_end or self._fd < 0:
+            if self._at_end:
                 self._end()
                 return
-            try:
-                self._rest = os.read(self._fd, _READ_BYTES)
-            except BlockingIOError:
-                empty = True
-                break
-            except OSError as error:
-                # EIO: the last process closed the terminal. ECONNRESET: the peer of a socket died.
-                if error.errno not in (errno.EIO, errno.ECONNRESET):
-                    raise
-                self._rest = b""
-                self._at_end = True
-            else:
-                self._at_end = not self._rest
         self._watch(True)
-        if empty:
-            self._tell_empty()
+
+    def _read(self) -> bool:
+        """Fill `_rest`, or set `_at_end`; False if there is nothing yet."""
+        try:
+            self._rest = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            # EIO: the last process closed the terminal. ECONNRESET: the peer of a socket died.
+            if error.errno not in (errno.EIO, errno.ECONNRESET):
+                raise
+        self._at_end = not self._rest
+        return True
 
     def _end(self) -> None:
-        if self.ended:
-            return
-        self.close()
         if self._stream is not None:
             self._stream.close_write()
-        self._tell_empty()
+        self.close()
         if self._on_end is not None:
             self._on_end()
 
     def _tell_empty(self) -> None:
-        callback, self._on_empty = self._on_empty, None
-        if callback is not None:
+        callbacks, self._on_empty = self._on_empty, []
+        for callback in callbacks:
             callback()
 
     def _watch(self, wanted: bool) -> None:

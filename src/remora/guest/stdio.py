@@ -148,6 +148,8 @@ class Stdio:
         self.child_has_them()
         self.process_ended()
         for output in self._outputs.values():
+            if output.stream is not None and not output.ended:
+                output.stream.reset()
             output.close()
 
     def _close_input(self) -> None:

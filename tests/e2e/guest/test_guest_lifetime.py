@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from guest_vm import GuestVm, read_all, read_until
-from remora.errors import FailedPreconditionError
+from remora.errors import FailedPreconditionError, NotFoundError
 from remora.images.guest_os import GuestImage
 from remora.wire.guest_v1 import (
     Identity,
@@ -47,7 +47,9 @@ def test_main_obeys_sigterm_though_it_is_first_in_its_namespace_and_shutdown_end
 ) -> None:
     with GuestVm(guest_image, [layer]) as vm:
         set_up(vm)
-        start_main(vm, "sleep", "1000")
+        with pytest.raises(NotFoundError, match="no-such-command"):
+            start_main(vm, "no-such-command")
+        start_main(vm, "sleep", "1000")  # a start that failed may be tried again
         vm.call("Signal", SignalRequest(id="main", signal=signal.SIGTERM))
         assert wait_main(vm).exit_status == 143
         vm.call("Shutdown")

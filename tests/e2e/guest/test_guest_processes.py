@@ -181,6 +181,14 @@ def test_a_missing_command_is_named(vm: GuestVm) -> None:
         start(vm, "no-such-command")
 
 
+def test_ended_processes_are_remembered_but_not_all_of_them(vm: GuestVm) -> None:
+    first = start(vm, "true")
+    for _ in range(66):
+        wait(vm, start(vm, "true"))
+    with pytest.raises(NotFoundError):
+        wait(vm, first)
+
+
 def test_an_unknown_user_is_refused_with_those_there_are(vm: GuestVm) -> None:
     with pytest.raises(InvalidArgumentError, match=r"no user 'bob'.*root, alice"):
         start(vm, "true", user="bob")

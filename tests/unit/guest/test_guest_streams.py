@@ -287,7 +287,8 @@ def test_the_end_of_a_process_waits_for_its_output(ends: Ends) -> None:
     ends.until(lambda: held)
     finished: list[bool] = []
     stdio.when_handed_over(lambda: finished.append(True))
-    ends.until(lambda: finished)
+    stdio.when_handed_over(lambda: finished.append(True))  # two may ask
+    ends.until(lambda: len(finished) == 2)
     ends.until(lambda: sum(held) == 100_000)
 
 
@@ -348,3 +349,25 @@ def test_ready_answers_at_once_without_a_template_and_hangs_up_on_anything_else(
             answers.append(function.recv(200)[:3])
     assert answers == [b"GO ", b""]
     ready.close()
+
+
+def test_a_burst_is_sent_whole_though_the_writer_says_no_more(ends: Ends) -> None:
+    stdio = ends.stdio["p"] = Stdio(ends.reactor, terminal=False, stdin=False)
+    _, got = ends.attach("p", "stdout")
+    ends.settle()
+    burst = bytes(256 * 1024)  # as much as the pump reads in one turn of the loop, and the pipe holds
+    assert os.write(stdio.for_child[1], burst) == len(burst)
+    ends.until(lambda: len(got) == len(burst))
+    stdio.child_has_them()
+
+
+def test_who_attaches_after_the_end_gets_the_end(ends: Ends) -> None:
+    stdio = ends.stdio["p"] = Stdio(ends.reactor, terminal=False, stdin=False)
+    ends.attach("p", "stdout")
+    stdio.child_has_them()
+    ends.settle()
+    stream, got = ends.attach("p", "stdout")
+    eof: list[bool] = []
+    stream.on_eof = lambda: eof.append(True)
+    ends.until(lambda: eof)
+    assert got == b""
