@@ -70,7 +70,8 @@ class Log:
         self._fd = fd
         self._format: Callable[[str, str, dict[str, Value], datetime], str] = as_json if json_lines else as_text
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE_LENGTH)
-        self._budgets: dict[str, _Budget] = {}
+        #: By tenant and level: sessions that come and go must not crowd out refusals.
+        self._budgets: dict[tuple[str, str], _Budget] = {}
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -84,11 +85,11 @@ class Log:
     def of_tenant(self, tenant: str, event: str, *, level: str = "warning", **fields: Value) -> None:
         """Write a line that a tenant caused, if its budget allows."""
         now_s = time.monotonic()
-        budget = self._budgets.get(tenant)
+        budget = self._budgets.get((tenant, level))
         if budget is None:
             if len(self._budgets) > 10_000:  # they all have a full budget by the time this is reached again
                 self._budgets.clear()
-            budget = self._budgets[tenant] = _Budget(now_s)
+            budget = self._budgets[tenant, level] = _Budget(now_s)
         if not budget.take(now_s):
             return
         if budget.suppressed:
