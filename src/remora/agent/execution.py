@@ -12,7 +12,7 @@ from collections.abc import Callable
 from remora.agent.answers import Answer, Answers, Flight, Waiter
 from remora.agent.metrics import Metrics
 from remora.agent.models import Models
-from remora.agent.operations import Operation
+from remora.agent.operations import COMPUTE, Operation
 from remora.agent.scheduler import Scheduler, Ticket
 from remora.agent.sessions import Session, Sessions
 from remora.errors import CancelledError, RemoraError
@@ -99,10 +99,12 @@ class Execution:
 
     def _begin(self, run: Run) -> None:
         model = run.operation.model
-        domain = self._models.domain_for(run.session, model)
+        computes = run.operation.name == COMPUTE
+        # Arithmetic needs no model, and what a tenant makes it chew on must hold up nobody else's worker.
+        domain = run.session.tenant if computes else self._models.domain_for(run.session, model)
         self._runs.setdefault(run.session.id, set()).add(run)
         try:
-            if self._models.loaded(domain, model):
+            if computes or self._models.loaded(domain, model):
                 self._queue(run, domain)
             else:
                 self._models.ensure(run.session, model, lambda outcome: self._loaded(run, domain, outcome))
@@ -145,6 +147,9 @@ class Execution:
             image=operation.image,
             top=operation.top,
             deadline_s=operation.deadline_s,
+            function=operation.function,
+            numbers=operation.numbers,
+            results=operation.results,
         )
         try:
             run.handle = self._workers.submit(job, lambda outcome: self._ended(run, queue_us, outcome))

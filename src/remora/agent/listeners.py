@@ -60,9 +60,12 @@ def bind_unix(path: Path, mode: int) -> socket.socket:
     """
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    mask = os.umask(0o777 & ~mode)
     try:
+        # The file gets the socket's own mode, less the umask (unix_bind in Linux); changing the umask for a moment
+        # would change it for the disk threads, too.
+        os.fchmod(sock.fileno(), mode)
         sock.bind(os.fspath(path))
+        path.chmod(mode)
     except PermissionError as error:
         sock.close()
         raise PermissionDeniedError(
@@ -76,8 +79,6 @@ def bind_unix(path: Path, mode: int) -> socket.socket:
     except OSError as error:
         sock.close()
         raise FailedPreconditionError(f"the socket {path} cannot be made: {error.strerror}") from error
-    finally:
-        os.umask(mask)
     sock.listen(_BACKLOG)
     sock.setblocking(False)
     return sock

@@ -7,12 +7,12 @@ byte counts, how many of each. Whether the model accepts these shapes only its w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from remora.errors import InvalidArgumentError
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.contract import TensorView
+from remora.workers.contract import TensorSpec, TensorView
 
 MAX_TENSORS = 256
 MAX_RANK = 16
@@ -23,13 +23,15 @@ _MODEL = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.:/@-]{0,255}")
 
 INFER = "infer"
 CLASSIFY = "classify"
+#: Arithmetic without a model (`agent.compute`), for vAccel's callers.
+COMPUTE = "compute"
 #: Every operation the agent offers, as `Hello` announces them.
 NAMES = (CLASSIFY, INFER)
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One request for a worker, valid by construction (see `infer` and `classify`)."""
+    """One request for a worker, valid by construction (see `infer`, `classify` and `agent.compute`)."""
 
     name: str
     model: str
@@ -41,6 +43,10 @@ class Operation:
     deadline_s: float | None = None
     #: Idempotency key within the session; 0 for none.
     request_id: int = 0
+    #: Of `compute`: its name, scalar arguments, and what it writes.
+    function: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    results: tuple[TensorSpec, ...] = ()
 
     @property
     def size_bytes(self) -> int:
