@@ -14,7 +14,7 @@ from remora.errors import InvalidArgumentError
 from remora.workers.contract import TensorSpec, TensorView
 
 Buffers = Mapping[str, memoryview]
-#: Multiplications of one request: about a minute of one core.
+#: Multiplications of one request: one to two minutes of one core.
 MAX_MULTIPLICATIONS = 1 << 41
 
 

@@ -63,15 +63,18 @@ class TensorView:
 class Job:
     """One operation on one model for one tenant. Checked by the door; the worker checks it against the model."""
 
-    operation: str  # "infer", "classify", "noop"
+    operation: str  # "infer", "classify", "compute", "noop"
     domain: str  # SHARED or the tenant
     tenant: str  # whose arena outputs are written to
-    model: str  # ModelSource.key, loaded before
+    model: str  # ModelSource.key, loaded before; for compute only a name for the queue
     inputs: tuple[TensorView, ...] = ()  # infer
     outputs: tuple[str, ...] = ()  # infer: names wanted, empty for all
     image: memoryview | None = None  # classify: encoded picture
     top: int = 5  # classify
     deadline_s: float | None = None  # on the monotonic clock
+    function: str = ""  # compute: a key of backends.linalg.FUNCTIONS
+    numbers: Mapping[str, float] = field(default_factory=dict)  # compute: its scalar arguments
+    results: tuple[TensorSpec, ...] = ()  # compute: what it writes, of exactly these shapes
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from remora.errors import (
 from remora.reactor import Reactor, Timer
 from remora.workers.arena import Arena
 from remora.workers.contract import ModelSource, ModelSpec, Result
-from remora.workers.jobs import PendingJob, aligned
+from remora.workers.jobs import MODELLESS, PendingJob, aligned
 from remora.workers.process import WorkerProcess
 from remora.workers.protocol import Message, error_of, specs_of, text, whole
 from remora.workers.settings import WorkerSettings
@@ -156,7 +156,7 @@ class Domain:
 
     def submit(self, pending: PendingJob) -> None:
         model = self._models.get(pending.job.model)
-        if model is None and pending.job.operation != "noop":
+        if model is None and pending.job.operation not in MODELLESS:
             problem = NotFoundError(f"model {pending.job.model} is not loaded", fix="load it first")
             pending.finish(problem, self._reactor.call_soon)
             return
@@ -193,9 +193,11 @@ class Domain:
         if process is None or not process.ready or process.dead:
             return False
         spec, number = None, 0
-        if pending.job.operation != "noop":
+        if pending.arena is not None and not self._mapped(pending.arena):
+            return False
+        if pending.job.operation not in MODELLESS:
             model = self._models.get(pending.job.model)
-            if model is None or model.state != "loaded" or pending.arena is None or not self._mapped(pending.arena):
+            if model is None or model.state != "loaded":
                 return False
             spec, number = model.spec, model.number
         try:

@@ -20,6 +20,8 @@ from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, labels_o
 Done = Callable[[Result | RemoraError], None]
 #: A ranking must fit into a datagram.
 MOST_LABELS = 1000
+#: Operations that need no loaded model.
+MODELLESS = ("noop", "compute")
 #: First guess for outputs whose size only running tells.
 _GUESS_BYTES = 64 * 1024
 
@@ -73,7 +75,13 @@ class PendingJob:
         self._free_memory()
         self.sized = guess_bytes > 0
         message: Message = {"t": self.job.operation, "id": self.id}
-        if spec is not None and self.arena is not None:
+        if self.job.operation == "compute" and self.arena is not None:
+            self._wanted, self.sized = self.job.results, True
+            self.block = self.arena.allocate(declared_bytes(self._wanted))
+            message.update(f=self.job.function, n=dict(self.job.numbers), a=self.arena.id, off=self.block.offset)
+            message["in"] = self._inputs()
+            message["out"] = [[spec.name, spec.dtype, spec.shape] for spec in self._wanted]
+        elif spec is not None and self.arena is not None:
             message.update(m=number, a=self.arena.id)
             if self.job.operation == "classify":
                 image = self.job.image or memoryview(b"")
@@ -81,15 +89,18 @@ class PendingJob:
             else:
                 self._wanted = wanted_outputs(spec, self.job.outputs)
                 self.block = self.arena.allocate(guess_bytes or declared_bytes(self._wanted) or _GUESS_BYTES)
-                message["in"] = [
-                    [tensor.name, tensor.dtype, tensor.shape, self._place(tensor.data), len(tensor.data)]
-                    for tensor in self.job.inputs
-                ]
+                message["in"] = self._inputs()
                 message.update(out=self.job.outputs, off=self.block.offset, len=self.block.size)
         data = encode(message)
         if len(data) > MAX_MESSAGE_BYTES:
             raise InvalidArgumentError("the request has too many tensors, or too long names", fix="send fewer at once")
         return data
+
+    def _inputs(self) -> list[list[object]]:
+        return [
+            [tensor.name, tensor.dtype, tensor.shape, self._place(tensor.data), len(tensor.data)]
+            for tensor in self.job.inputs
+        ]
 
     def _place(self, view: memoryview) -> int:
         assert self.arena is not None
@@ -127,7 +138,7 @@ class PendingJob:
                 ),
                 run_us=run_us,
             )
-        if self.job.operation == "infer" and self.block is not None and self.arena is not None:
+        if self.job.operation in ("infer", "compute") and self.block is not None and self.arena is not None:
             memory, block = self.arena.memory, self.block
             places = outputs_of(message.get("out"), self._wanted, block.offset, block.size)
             views = tuple(

@@ -25,7 +25,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 
-from remora.backends.contract import Array, Limits, LoadedModel, Stop
+from remora.backends import linalg
+from remora.backends.contract import Array, Limits, LoadedModel, Spec, Stop
 from remora.backends.onnx import OnnxBackend
 from remora.backends.vision import Classifier
 from remora.errors import (
@@ -190,6 +191,8 @@ class Worker:
     def _compute(self, job: Message, stop: Stop) -> Message:
         if job["t"] == "noop":
             return {"t": "done", "id": job["id"]}
+        if job["t"] == "compute":
+            return {"t": "done", "id": job["id"], "out": self._calculate(job, stop)}
         model, classifier = self._models.get(job["m"], (None, None))
         if model is None:
             raise InternalError("the model is not loaded in this worker")
@@ -206,6 +209,17 @@ class Worker:
                 "labels": classifier.classify(picture, job["top"], stop, self._limits),
             }
         return {"t": "done", "id": job["id"], "out": self._infer(job, model, memory, stop)}
+
+    def _calculate(self, job: Message, stop: Stop) -> list[list[object]]:
+        memory = self._arenas[job["a"]]
+        layout = Layout([Spec(name, dtype, tuple(shape)) for name, dtype, shape in job["out"]])
+        into = [
+            _array(memory, spec.dtype, spec.shape, job["off"] + offset)
+            for spec, offset in zip(layout.specs, layout.offsets, strict=True)
+        ]
+        arrays = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
+        linalg.compute(job["f"], arrays, job["n"], into, stop)
+        return layout.places(job["off"])
 
     def _infer(self, job: Message, model: LoadedModel, memory: mmap.mmap, stop: Stop) -> list[list[object]]:
         feeds = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}

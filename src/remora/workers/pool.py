@@ -19,7 +19,7 @@ from remora.workers.jobs import Done, PendingJob
 from remora.workers.process import WorkerProcess, memory_bytes
 from remora.workers.settings import WorkerSettings
 
-_OPERATIONS = ("infer", "classify", "noop")
+_OPERATIONS = ("infer", "classify", "compute", "noop")
 #: A new spare starts this long after the last was taken, so that it does not compete with the one who took it.
 _SPARE_DELAY_S = 1.0
 
@@ -49,6 +49,8 @@ class WorkerPool:
         self._reactor = reactor
         self._settings = settings or WorkerSettings()
         launcher.probe(self._settings)
+        if self._settings.confinement == "bubblewrap":
+            launcher.sweep()
         self._domains: dict[str, Domain] = {}
         self._arenas: dict[str, Arena] = {}
         self._spares: list[WorkerProcess] = []

@@ -9,6 +9,7 @@ control, agent -> worker       assign{shared, memory, threads, device}  arena{id
                                cancel{id}  block{id, off, len}            answer to `need`; len 0: refused
 control, worker -> agent       hello{}  arena{id}  loaded{m, inputs, outputs, device, mem}  refused{m, error}
 jobs, agent -> worker          noop{id}  infer{id, m, a, in, out, off, len}  classify{id, m, a, off, len, top}
+                               compute{id, f, n, a, in, out, off}         function, numbers; `out` are specs
 jobs, worker -> agent          done{id, us, out | labels}  failed{id, us, error}  need{id, len}
 
 `m` numbers a load, so that an answer to an earlier one is not taken for this one's. A tensor is [name, dtype, shape,
