@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,8 +34,8 @@ def start_keeper(launch: Launch, fields: dict[str, Any], *, lock_fd: int, leash_
         return pid
     try:
         _become_keeper(launch, fields, lock_fd, leash_fd)
-    except BaseException:  # noqa: BLE001 - a forked child must never return into the parent's code
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001 - a forked child must never return into the parent's code
+        sys.excepthook(type(error), error, error.__traceback__)
     finally:
         os._exit(1)
 
@@ -86,8 +85,8 @@ def _become_monitor(launch: Launch, fields: dict[str, Any], leash_sock: socket.s
             # The keeper was killed: its work falls to us.
             clearing.clear(launch.directory, json.loads((launch.directory / STATE_FILE).read_text()))
         status = 0
-    except BaseException:  # noqa: BLE001 - a forked child must never return into the parent's code
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001 - a forked child must never return into the parent's code
+        sys.excepthook(type(error), error, error.__traceback__)
     finally:
         sys.stderr.flush()
         os._exit(status)

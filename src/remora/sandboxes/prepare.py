@@ -26,9 +26,6 @@ from remora.vmm.probe import accelerator
 from remora.vmm.qemu import check, find_binary
 from remora.vmm.tsc import host_tsc_khz
 
-#: Where the guest's PID 1 mounts the SDK and listens for the accelerator (remora.guest).
-SDK_PATH = "/run/remora/sdk"
-ACCELERATOR_ADDRESS = "unix:///run/remora/accel.sock"
 Progress = Callable[[str, float], None]
 
 
@@ -142,11 +139,6 @@ def prepared(
                 f"the image {image.name} does not say what to run", fix=f"name a command: remora run {image.name} sh"
             )
         env = {"PATH": DEFAULT_PATH, **config.env, **dict(options.env)}
-        # Behind the image's own: it may bring another version of the SDK.
-        env["PYTHONPATH"] = ":".join(path for path in (env.get("PYTHONPATH"), SDK_PATH) if path)
-        if options.accelerator:
-            env.setdefault("REMORA_ADDRESS", ACCELERATOR_ADDRESS)
-            env.setdefault("VACCEL_RPC_ADDRESS", ACCELERATOR_ADDRESS)
         if options.terminal is not None:
             env.setdefault("TERM", os.environ.get("TERM", "xterm"))
         rows, columns = options.terminal or (0, 0)

@@ -12,8 +12,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +96,7 @@ class Registry:
                             f"a microVM named '{name}' exists ({other.state})",
                             fix=f"choose another name, or remove it: remora rm -f {name}",
                         )
-            sandbox_id = secrets.token_hex(_ID_BYTES)
+            sandbox_id = os.urandom(_ID_BYTES).hex()
             directory = self.root / sandbox_id
             directory.mkdir(mode=0o700)
             record = Record(sandbox_id, directory, {"id": sandbox_id, "state": "starting", **fields})
@@ -109,7 +107,7 @@ class Registry:
                 write_state(record)
             except BaseException:
                 # A full disk must not be filled with empty directories.
-                shutil.rmtree(directory, ignore_errors=True)
+                remove_flat(directory)
                 if lock_fd >= 0:
                     os.close(lock_fd)
                 raise
@@ -166,7 +164,7 @@ class Registry:
                     # Either it is going away, or its maker was killed before it could lock it.
                     with self._locked():
                         if directory.exists() and not (directory / LOCK_FILE).exists():
-                            shutil.rmtree(directory, ignore_errors=True)
+                            remove_flat(directory)
                     continue
                 try:
                     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,7 +185,20 @@ class Registry:
     def remove(self, directory: Path) -> None:
         """Remove a sandbox's directory, and that of all sandboxes if it was the last one."""
         with self._locked():
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_flat(directory)
+
+
+def remove_flat(directory: Path) -> None:
+    """Remove a directory of files, as far as it is there. (shutil's import costs a clone 6 ms.)"""
+    with contextlib.suppress(FileNotFoundError):
+        # Again where somebody, the agent say, still made a file in it.
+        for _ in range(10):
+            for entry in list(os.scandir(directory)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+                return
 
 
 def _is_at(fd: int, path: Path) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -303,7 +302,7 @@ class Sandbox:
             columns=columns,
             stdin=stdin,
         )
-        process_id = f"x{secrets.token_hex(6)}"
+        process_id = f"x{os.urandom(6).hex()}"
         try:
             self.guest.start(process_id, process(spec))
         except NotFoundError as error:

@@ -16,8 +16,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
-import shutil
 import socket
 import threading
 import time
@@ -39,7 +37,7 @@ from remora.sandboxes.guest import MAIN
 from remora.sandboxes.launch import Launch
 from remora.sandboxes.options import Options, attachment
 from remora.sandboxes.processes import CHUNK_BYTES, GuestProcess
-from remora.sandboxes.registry import Record, check_name
+from remora.sandboxes.registry import Record, check_name, remove_flat
 from remora.vmm.contract import Disk, VmSpec
 from remora.vmm.qemu import QemuDriver
 from remora.vmm.tsc import host_tsc_khz
@@ -270,7 +268,7 @@ class Templates:
             fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                gone = self.root / f".gone-{secrets.token_hex(6)}"
+                gone = self.root / f".gone-{os.urandom(6).hex()}"
                 directory.rename(gone)
             except BlockingIOError as error:
                 raise FailedPreconditionError(
@@ -278,8 +276,8 @@ class Templates:
                 ) from error
             finally:
                 os.close(fd)
-            shutil.rmtree(gone, ignore_errors=True)
-        shutil.rmtree(directory, ignore_errors=True)
+            remove_flat(gone)
+        remove_flat(directory)
         if sandbox and paths.control_socket().exists():
             from remora.sandboxes.agent_link import detach
 
@@ -300,11 +298,11 @@ class Templates:
                 # Not locked yet, or half removed: only what is old is nobody's.
                 with contextlib.suppress(OSError):
                     if time.time() - entry.stat().st_mtime > _ABANDONED_S:
-                        shutil.rmtree(entry.path, ignore_errors=True)
+                        remove_flat(Path(entry.path))
                 continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(entry.path, ignore_errors=True)
+                remove_flat(Path(entry.path))
             except BlockingIOError:
                 continue  # somebody is at work in it
             finally:
@@ -318,14 +316,14 @@ class Templates:
     def _draft(self) -> Iterator[Path]:
         """Make a directory that is removed again unless it was renamed."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft = self.root / f".new-{secrets.token_hex(6)}"
+        draft = self.root / f".new-{os.urandom(6).hex()}"
         draft.mkdir(mode=0o700)
         fd = os.open(draft / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield draft
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            remove_flat(draft)
             os.close(fd)
 
 
@@ -371,6 +369,8 @@ def _with_own_files(vm: VmSpec, directory: Path) -> VmSpec:
             os.link(path, target)
         except OSError:
             # Another file system, or a packed directory that has no name.
+            import shutil
+
             shutil.copyfile(path, target)
         return target
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import time
@@ -115,12 +114,14 @@ def find_binary() -> str:
     Raises:
         FailedPreconditionError: it is not installed; the message names the package.
     """
-    path = shutil.which(BINARY)
-    if path is None:
-        raise FailedPreconditionError(
-            f"{BINARY} is not installed", fix="install it: apt-get install qemu-system-x86 (or run `make system`)"
-        )
-    return path
+    # Not shutil.which: its import costs a clone 6 ms.
+    for directory in os.get_exec_path():
+        path = os.path.join(directory, BINARY)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise FailedPreconditionError(
+        f"{BINARY} is not installed", fix="install it: apt-get install qemu-system-x86 (or run `make system`)"
+    )
 
 
 class QemuMachine:
