@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 
+from remora.errors import ResourceExhaustedError
 from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.reactor import READ
 
@@ -84,6 +85,10 @@ class Forwarder:
         self._listener.listen(64)
         reactor.register(self._listener.fileno(), READ, self._accept)
 
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
     def reset(self) -> None:
         """Close all connections, as the transport's reset does: their owners connect again."""
         for connection in list(self._connections):
@@ -106,4 +111,9 @@ class Forwarder:
         if len(self._connections) >= _MAX_CONNECTIONS:
             sock.close()
             return
-        Connection(self._reactor, sock, self._channel.open(ACCELERATOR_PORT), self._connections)
+        try:
+            stream = self._channel.open(ACCELERATOR_PORT)
+        except ResourceExhaustedError:
+            sock.close()  # the function sees a closed connection and may try again
+            raise
+        Connection(self._reactor, sock, stream, self._connections)

@@ -162,6 +162,7 @@ class ToDescriptor:
         self._watched = False
         self._eof = False
         self._broken = False
+        self._told = False
         self._on_end = on_end
         self._stream: Optional[Stream] = None
         #: Bytes waiting that came from a stream that is gone: the next stream gets no credit for them.
@@ -240,7 +241,9 @@ class ToDescriptor:
 
     def _end(self) -> None:
         self._watch(False)
-        self._reactor.call_soon(self._on_end)
+        if not self._told:
+            self._told = True
+            self._reactor.call_soon(self._on_end)
 
     def _credit(self, taken: int) -> None:
         nobody = min(self._owed_to_nobody, taken)

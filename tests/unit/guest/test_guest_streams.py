@@ -371,3 +371,32 @@ def test_who_attaches_after_the_end_gets_the_end(ends: Ends) -> None:
     stream.on_eof = lambda: eof.append(True)
     ends.until(lambda: eof)
     assert got == b""
+
+
+def test_a_client_that_reads_no_more_may_still_send(ends: Ends, tmp_path: Path) -> None:
+    forwarder = Forwarder(ends.reactor, str(tmp_path / "accel.sock"), ends.guest)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "accel.sock"))
+        ends.until(lambda: ends.accelerator)
+        client.shutdown(socket.SHUT_RD)
+        agent = ends.accelerator[0]
+        agent.send(b"nobody reads this")
+        ends.settle()
+        agent.send(b"nor this")
+        agent.close_write()
+        ends.settle()
+        client.sendall(b"still here")
+        ends.until(lambda: ends.agent_got == b"still here")
+    ends.until(lambda: ends.agent_eof)
+    forwarder.close()
+
+
+def test_killing_the_client_ends_the_agents_stream(ends: Ends, tmp_path: Path) -> None:
+    forwarder = Forwarder(ends.reactor, str(tmp_path / "accel.sock"), ends.guest)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "accel.sock"))
+        ends.until(lambda: ends.accelerator)
+    ends.until(lambda: ends.agent_eof)
+    ends.accelerator[0].close_write()
+    ends.until(lambda: not forwarder.connections)
+    forwarder.close()
