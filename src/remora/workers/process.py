@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import time
@@ -28,6 +29,8 @@ _STDERR_BYTES = 1 << 20
 #: Datagrams taken per turn of the loop, so that one worker cannot keep it.
 _PER_TURN = 32
 _SOCKET_BYTES = 1 << 20
+#: How long to wait for the pid of a worker that is killed while bubblewrap starts it; it takes a few milliseconds.
+_INFO_S = 1.0
 
 
 class WorkerProcess:
@@ -213,8 +216,11 @@ class WorkerProcess:
         self._process.wait()
 
     def _signal(self) -> None:
-        # bubblewrap's death kills the worker, but the worker first: it ends at once, not when the kernel tells it.
+        # The worker first: one whose bubblewrap dies before letting it run waits for it forever, out of reach.
         if self._process.poll() is None:
+            if self._info_fd >= 0 and not self.ready:
+                select.select([self._info_fd], [], [], _INFO_S)
+                self.pid = self._read_pid()
             if self.pid != self._process.pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pid, signal.SIGKILL)
