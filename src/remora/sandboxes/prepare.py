@@ -7,6 +7,7 @@ before anything of the sandbox exists.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -104,11 +105,16 @@ def prepared(
         tsc_khz = host_tsc_khz(state_dir / "host") if accel == "tcg" else None
         disks = [Disk(OS_DISK_SERIAL, files.disk)]
         layers = []
+        keep_fds: list[int] = []
         for number, layer in enumerate(image.layers):
             layers.append(f"l{number:02}")
             disks.append(Disk(layers[-1], layer))
+            # The sandbox's own hold on the layer, for as long as one of its processes lives (images/store.py).
+            fd = os.open(layer, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            keep_fds.append(fd)
         mounts: list[MountSpec] = []
-        keep_fds: list[int] = []
         for number, mount in enumerate(options.mounts):
             serial = f"m{number:02}"
             if mount.type == "image":

@@ -25,7 +25,7 @@ BINARY = "qemu-system-x86_64"
 #: virtio-mmio has 24 slots with ACPI; the serial bus takes one, the rest is left free.
 MAX_DISKS = 20
 #: Smallest memory with which the guest OS image boots (measured; docs/running.md).
-MIN_MEMORY_MIB = 96
+MIN_MEMORY_MIB = 80
 #: MiB that translated code may take: without it one emulated guest grows by several hundred MiB.
 TRANSLATION_CACHE_MIB = 64
 CONSOLE_BYTES = 16384
