@@ -162,11 +162,16 @@ class WorkerProcess:
         """Return the worker's own pid, which bubblewrap (its parent) has written before starting it."""
         if self._info_fd < 0:
             return self.pid
+        written = b""
+        while b"}" not in written and select.select([self._info_fd], [], [], _INFO_S)[0]:
+            part = os.read(self._info_fd, 4096)  # bubblewrap writes it in pieces
+            if not part:
+                break
+            written += part
         try:
-            pid = json.loads(os.read(self._info_fd, 4096))["child-pid"]
-        except (OSError, ValueError, KeyError):
+            return int(json.loads(written)["child-pid"])
+        except (ValueError, KeyError):
             return self.pid
-        return int(pid)
 
     def _listen(self) -> None:
         if self._stderr < 0:
@@ -219,7 +224,6 @@ class WorkerProcess:
         # The worker first: one whose bubblewrap dies before letting it run waits for it forever, out of reach.
         if self._process.poll() is None:
             if self._info_fd >= 0 and not self.ready:
-                select.select([self._info_fd], [], [], _INFO_S)
                 self.pid = self._read_pid()
             if self.pid != self._process.pid:
                 with contextlib.suppress(ProcessLookupError):
