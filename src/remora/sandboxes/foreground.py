@@ -141,6 +141,8 @@ class Foreground:
                     self._controls.put(("resize", 0))
                 case _Signal(number):
                     if number == signal.SIGINT and self._insists():
+                        self._controls.put(("signal", signal.SIGKILL))
+                        self._next(time.monotonic() + GRACE_S)
                         return 128 + signal.SIGINT
                     self._controls.put(("signal", number))
                 case _OutputClosed():

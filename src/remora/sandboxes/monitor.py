@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import queue
+import resource
 import signal
 import socket
 import sys
@@ -35,6 +36,7 @@ QMP_TIMEOUT_S = 30.0
 RESTORE_TIMEOUT_S = 30.0
 #: How long a foreground maker may take to fetch the last output after `remora stop`.
 FAREWELL_S = 5.0
+MAX_FILES = 8192
 #: How long QEMU may take to end once its sockets have closed.
 EXPLAIN_S = 1.0
 
@@ -69,6 +71,9 @@ class Monitor:
     def run(self) -> None:
         """Boot or restore, serve until something ends the sandbox, and leave nothing running."""
         signal.signal(signal.SIGTERM, lambda _signum, _frame: self._abort(None))
+        # A guest may open as many streams as the mux allows, each of them a socket here.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
         try:
             self._listen()
             self._begin()
@@ -101,6 +106,9 @@ class Monitor:
                 if last_try or launch.state_file is not None or self._reason_known.wait(EXPLAIN_S):
                     raise
                 self._replace_machine()
+                if self._ending.is_set():
+                    # The maker left while there was no machine to kill.
+                    raise
         if launch.detached:
             self._keep_logs()
         self._update(state="running", stamps=self._stamps)
@@ -164,6 +172,7 @@ class Monitor:
         if self._bridge is not None:
             self._bridge.close()
         if self._launch.detached:
+            self._record.fields.setdefault("exit_status", 128 + signal.SIGKILL)
             self._update(state="exited", **({"error": str(self._why)} if self._why is not None else {}))
         elif self._why is not None:
             leash.send(self._leash, {"event": "gone", **leash.describe(self._why)})

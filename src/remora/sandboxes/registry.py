@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from remora.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError
+from remora.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PermissionDeniedError
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 _ID_BYTES = 6
@@ -62,8 +62,15 @@ class Registry:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock of the whole directory, which is made if need be and removed again when it is empty."""
+        runtime_dir = self.root.parent
+        runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if runtime_dir.stat().st_uid != os.geteuid():
+            raise PermissionDeniedError(
+                f"the run-time directory {runtime_dir} belongs to another user",
+                fix="set REMORA_RUNTIME_DIR to a directory of your own",
+            )
         while True:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, exist_ok=True)
             try:
                 fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:

@@ -27,6 +27,7 @@ OUTGOING_BYTES = 262144
 #: `CONNECT 4294967295\n`; Firecracker reads 32 bytes at most, too.
 MAX_CONNECT_LINE = 32
 CONNECT_TIMEOUT_S = 10.0
+ACCEPT_PAUSE_S = 0.1
 MAX_PORT = 0xFFFFFFFF
 
 
@@ -177,18 +178,19 @@ class Bridge:
             self._drop(local)
 
     def _guest_opened(self, stream: int, port: int) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError:
+            # Out of descriptors: this stream must do without.
+            self._mux.reject(stream, wire.BUSY)
+            return
         sock.setblocking(False)
         try:
             sock.connect(str(guest_socket(self._directory, port)))
-        except BlockingIOError:
-            # The listener's backlog is full.
+        except OSError as error:
             sock.close()
-            self._mux.reject(stream, wire.BUSY)
-            return
-        except OSError:
-            sock.close()
-            self._mux.reject(stream)
+            # EAGAIN: the listener's backlog is full.
+            self._mux.reject(stream, wire.BUSY if isinstance(error, BlockingIOError) else wire.REFUSED)
             return
         self._mux.accept(stream)
         local = _Local(sock)
@@ -227,14 +229,19 @@ class Bridge:
             sock, _ = self._listener.accept()
         except BlockingIOError:
             return
-        except OSError as error:
+        except OSError:
             # Out of descriptors: this caller must wait, the guest's other streams go on.
-            self._reactor.on_error(error)
+            self._reactor.unregister(self._listener.fileno())
+            self._reactor.call_later(ACCEPT_PAUSE_S, self._listen_again)
             return
         sock.setblocking(False)
         local = _Local(sock)
         local.timer = self._reactor.call_later(CONNECT_TIMEOUT_S, lambda: self._drop(local))
         self._add(local)
+
+    def _listen_again(self) -> None:
+        if not self._closed:
+            self._reactor.register(self._listener.fileno(), READ, self._accept)
 
     def _add(self, local: _Local) -> None:
         self._locals[local.sock.fileno()] = local
