@@ -15,7 +15,7 @@ from remora.agent.disk import DiskPool
 from remora.agent.operations import is_digest
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
-from remora.errors import InvalidArgumentError, NotFoundError, RemoraError
+from remora.errors import InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
 from remora.workers.contract import SHARED, ModelSource, ModelSpec, Workers
 
 FORMATS = ("onnx",)
@@ -67,20 +67,28 @@ def recognise(path: Path) -> str:
     ONNX has no magic number: it is what is left when the others are excluded; its worker checks the rest.
 
     Raises:
-        InvalidArgumentError: the file is of a format that no backend here runs.
+        InvalidArgumentError: the file is no model.
+        UnimplementedError: it is of a format whose backend is an extra that is not installed; names it.
     """
     with path.open("rb") as stream:
         head = stream.read(8)
-    found = ""
     if head[:4] == b"PK\x03\x04":
-        found = "a zip archive (TorchScript?)"
-    elif head[4:8] == b"TFL3":
-        found = "a TensorFlow Lite model"
-    elif head[:4] in (b"\x7fELF", b"\x89PNG") or head[:3] in (b"\xff\xd8\xff", b"\x1f\x8b\x08"):
+        raise _no_backend("TorchScript (a zip archive)", "torch")
+    if head[4:8] == b"TFL3":
+        raise _no_backend("TensorFlow Lite", "tflite")
+    found = ""
+    if head[:4] in (b"\x7fELF", b"\x89PNG") or head[:3] in (b"\xff\xd8\xff", b"\x1f\x8b\x08"):
         found = "no model"
     if found:
         raise InvalidArgumentError(f"the model file is {found}", fix=f"give one of the formats {', '.join(FORMATS)}")
     return "onnx"
+
+
+def _no_backend(name: str, extra: str) -> RemoraError:
+    return UnimplementedError(
+        f"the model is {name}, and this node has no backend for it: remora[{extra}] is missing",
+        fix=f"export the model to ONNX, which every operation here takes, or ask the operator for remora[{extra}]",
+    )
 
 
 class Models:
@@ -268,15 +276,16 @@ class Models:
         usable = [name for name in own if self._store.owns(session.tenant, name)]
         return [self.card(session.tenant, name) for name in (*sorted(self._catalogue), *sorted(usable))]
 
-    def default_classifier(self) -> str:
-        """Return the catalogue's first model that classifies pictures, for callers who name none (vAccel).
+    def default_for(self, task: str) -> str:
+        """Return the catalogue's first model for a task, for callers who name none (vAccel).
 
         Raises:
-            NotFoundError: there is none.
+            UnimplementedError: there is none.
         """
         for name in sorted(self._catalogue):
-            if self._catalogue[name].source.task == "classification":
+            if self._catalogue[name].source.task == task:
                 return name
-        raise NotFoundError(
-            "no model for ImageClassification in the catalogue", fix="add one with `remora models build`"
+        raise UnimplementedError(
+            f"no model for this operation in the catalogue: {task} has none",
+            fix=f"add a manifest with task = '{task}' and its model (docs/models.md)",
         )

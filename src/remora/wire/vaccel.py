@@ -12,6 +12,7 @@ from remora.wire.ttrpc.messages import Any as AnyMessage
 from remora.wire.vaccel_enums import ArgType as ArgType
 from remora.wire.vaccel_enums import BlobType as BlobType
 from remora.wire.vaccel_enums import ErrorType as ErrorType
+from remora.wire.vaccel_enums import OpType as OpType
 from remora.wire.vaccel_enums import ResourceType as ResourceType
 from remora.wire.vaccel_enums import TfDataType as TfDataType
 from remora.wire.vaccel_enums import TfliteDataType as TfliteDataType

@@ -112,3 +112,34 @@ class TfliteDataType:
 
 class ErrorType:
     FFI, FFI_WITH_STATUS, INVALID_ARGUMENT, UNINITIALIZED, OUT_OF_BOUNDS, EMPTY_VALUE, CONVERSION_FAILED = range(7)
+
+
+class OpType:
+    """Operations; those that Genop offers are its first argument. Renumbered upstream in 2025."""
+
+    (
+        NOOP,
+        EXEC,
+        EXEC_WITH_RESOURCE,
+        IMAGE_CLASSIFY,
+        IMAGE_DETECT,
+        IMAGE_SEGMENT,
+        IMAGE_POSE,
+        IMAGE_DEPTH,
+        TF_MODEL_LOAD,
+        TF_MODEL_UNLOAD,
+        TF_MODEL_RUN,
+        TFLITE_MODEL_LOAD,
+        TFLITE_MODEL_UNLOAD,
+        TFLITE_MODEL_RUN,
+        TORCH_MODEL_LOAD,
+        TORCH_MODEL_RUN,
+        TORCH_SGEMM,
+        BLAS_SGEMM,
+        FPGA_ARRAYCOPY,
+        FPGA_MMULT,
+        FPGA_PARALLEL,
+        FPGA_VECTORADD,
+        MINMAX,
+        OPENCV,
+    ) = range(24)

@@ -64,6 +64,7 @@ class Call:
         "_metadata",
         "_on_cancel",
         "_block",
+        "_adopted",
         "_holders",
     )
 
@@ -94,6 +95,7 @@ class Call:
         self._metadata = metadata
         self._on_cancel: Optional[Callable[[RemoraError], None]] = None
         self._block = block
+        self._adopted: Optional[List[Callable[[], None]]] = None
         self._holders = 1
 
     @property
@@ -139,7 +141,7 @@ class Call:
                 on_sent()
             return False
         self._end()
-        if self._block is None:
+        if self._block is None and self._adopted is None:
             self.connection.transmit(pieces, on_sent)
         else:  # the answer may be made of the request's bytes: they stay until it is sent
             self.connection.transmit(pieces, self.release if on_sent is None else self._sent_then(on_sent))
@@ -177,12 +179,25 @@ class Call:
         """Keep the payload's block until `release`, beyond the end of the call."""
         self._holders += 1
 
+    def adopt(self, release: Callable[[], None]) -> None:
+        """Keep other memory as long as the payload's block, such as that of a streamed message (`on_message`)."""
+        if self._holders <= 0:
+            release()
+        elif self._adopted is None:
+            self._adopted = [release]
+        else:
+            self._adopted.append(release)
+
     def release(self) -> None:
         """Give up what `retain` asked for."""
         self._holders -= 1
-        if self._holders == 0 and self._block is not None:
+        if self._holders == 0:
             block, self._block = self._block, None
-            block.release()
+            if block is not None:
+                block.release()
+            adopted, self._adopted = self._adopted, None
+            for release in adopted or ():
+                release()
 
     def _sent_then(self, on_sent: Callable[[], None]) -> Callable[[], None]:
         def sent() -> None:
