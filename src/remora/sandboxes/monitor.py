@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from remora.errors import FailedPreconditionError, RemoraError, UnavailableError
+from remora.errors import FailedPreconditionError, RemoraError, ResourceExhaustedError, UnavailableError
 from remora.reactor import READ, Reactor
 from remora.sandboxes import leash
 from remora.sandboxes.agent_link import AgentLink
@@ -316,10 +316,13 @@ class Monitor:
             return
         last_words = ended.console.strip().splitlines()[-3:]
         console = f"; its console ended with: {' | '.join(last_words)}" if last_words else ""
-        if ended.signal:
-            why: RemoraError = UnavailableError(
-                f"QEMU was killed by signal {ended.signal} ({signal.strsignal(ended.signal)})"
+        ram_file = self._launch.vm.ram_file
+        if ended.signal == signal.SIGBUS and ram_file is not None:
+            why: RemoraError = ResourceExhaustedError(
+                f"the disk under {ram_file.parent} became full", fix="free some space there, and try again"
             )
+        elif ended.signal:
+            why = UnavailableError(f"QEMU was killed by signal {ended.signal} ({signal.strsignal(ended.signal)})")
         elif ended.status:
             why = FailedPreconditionError(f"QEMU ended with status {ended.status}{console}")
         else:

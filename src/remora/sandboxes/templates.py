@@ -187,6 +187,7 @@ class Templates:
 
         check_name(name)
         self._check_free(name)
+        self._check_space(options.memory_mib)
         began_s = time.monotonic()
         with (
             self._draft() as draft,
@@ -307,6 +308,17 @@ class Templates:
                 continue  # somebody is at work in it
             finally:
                 os.close(fd)
+
+    def _check_space(self, memory_mib: int) -> None:
+        """Refuse early: a full disk under a memory file would end QEMU with SIGBUS and no word about the disk."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        space = os.statvfs(self.root)
+        free_mib = space.f_bavail * space.f_frsize >> 20
+        if free_mib < memory_mib:
+            raise ResourceExhaustedError(
+                f"a template of {memory_mib} MiB of memory needs as much disk, and {self.root} has {free_mib} MiB left",
+                fix="free some space there, or give the function less memory: --memory",
+            )
 
     def _check_free(self, name: str) -> None:
         if (self.root / name).exists():

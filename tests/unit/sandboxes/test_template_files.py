@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from remora.errors import DataLossError, FailedPreconditionError, NotFoundError
+from remora.errors import DataLossError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
 from remora.sandboxes import templates
+from remora.sandboxes.options import Options
 from remora.sandboxes.templates import Templates
 from remora.vmm.contract import Disk, VmSpec
 
@@ -92,6 +93,15 @@ def test_a_damaged_template_is_reported(store: Templates) -> None:
     (directory / "ram").unlink()
     with pytest.raises(DataLossError, match="remora template remove t"), store.use("t"):
         pass
+
+
+def test_a_template_that_cannot_fit_is_refused_before_anything_boots(
+    store: Templates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = os.statvfs("/")
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((*full[:4], 0, *full[5:10])))
+    with pytest.raises(ResourceExhaustedError, match="needs as much disk, and .* has 0 MiB left"):
+        store.create("t", Options(image="f"))
 
 
 def test_a_template_in_use_is_not_removed(store: Templates) -> None:
