@@ -13,7 +13,7 @@ import socket
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from remora.errors import FailedPreconditionError, InvalidArgumentError, PermissionDeniedError
@@ -76,13 +76,30 @@ TCP = Identity("tcp", "tcp")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen: a Unix socket's `path` or `abstract` name, else host and port."""
+    """Where to listen: a Unix socket's `path` or `abstract` name, else host and port.
+
+    `door` is empty for ttrpc, or the one that the scheme names.
+    """
 
     text: str
     path: Path | None = None
     abstract: str = ""
     host: str = ""
     port: int = 0
+    door: str = ""
+
+
+#: Scheme prefixes of addresses on which other doors than ttrpc's are served.
+DOORS = ("oip",)
+
+
+def parse_listen_address(text: str) -> Address:
+    """Read an address as `parse_address` does, with `oip+` before it for the Open Inference Protocol."""
+    for door in DOORS:
+        if text.startswith(f"{door}+"):
+            plain = parse_address(text.removeprefix(f"{door}+"))
+            return replace(plain, text=f"{door}+{plain.text}", door=door)
+    return parse_address(text)
 
 
 def parse_address(text: str) -> Address:

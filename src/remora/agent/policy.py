@@ -30,6 +30,9 @@ class Limits:
     sessions_per_tenant: int = 1024
     #: Largest message body a client may send.
     message_bytes: int = 64 * MIB
+    #: Longest JSON text of a request (Open Inference Protocol), and four bytes for each number of an answer's. Parsing
+    #: takes up to ten times its length in memory, and the agent's time.
+    json_bytes: int = 4 * MIB
     #: Bodies that were received for a tenant and are not answered yet.
     in_flight_bytes_per_tenant: int = 256 * MIB
     #: Requests of one connection that are not answered yet.

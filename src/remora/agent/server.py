@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from remora.agent import identity as identities
 from remora.agent.attachments import Attachment, Attachments
@@ -28,6 +29,9 @@ from remora.wire import remora_v1, vaccel
 from remora.wire.ttrpc.calls import Call
 from remora.wire.ttrpc.reactor import ServerConnection
 from remora.workers.contract import Workers
+
+if TYPE_CHECKING:
+    from remora.agent.doors.oip_door import OipDoor
 
 #: Anyone of this host may connect to the agent's own socket: each is a tenant by its user.
 _OPEN_MODE = 0o666
@@ -59,6 +63,7 @@ class Agent:
         native, vaccel_door = NativeDoor(self.core), VaccelDoor(self.core)
         self._doors: dict[str, Callable[[Peer, Call], None]] = {remora_v1.SERVICE: native.handle}
         self._doors.update(dict.fromkeys(vaccel.SERVICES, vaccel_door.handle))
+        self._oip: OipDoor | None = None
         self._listeners: list[Listener] = []
         self._addresses: list[str] = []
         self._refused = 0
@@ -80,9 +85,11 @@ class Agent:
 
     def listen(self, address: Address) -> str:
         """Serve callers on a Unix socket or a loopback port; return the address with the port that was given."""
-        listener = Listener(self._reactor, bind(address, _OPEN_MODE), self._accepted, address.path)
+        accepted = self._oip_accepted() if address.door == "oip" else self._accepted
+        listener = Listener(self._reactor, bind(address, _OPEN_MODE), accepted, address.path)
         self._listeners.append(listener)
-        text = f"tcp://{address.host}:{listener.port}" if listener.port else address.text
+        scheme = f"{address.door}+tcp" if address.door else "tcp"
+        text = f"{scheme}://{address.host}:{listener.port}" if listener.port else address.text
         self._addresses.append(text)
         return text
 
@@ -113,6 +120,18 @@ class Agent:
     def _accepted(self, sock: socket.socket) -> None:
         unix = sock.family == socket.AF_UNIX
         self._connection(sock, identities.of_unix_peer(sock) if unix else identities.TCP)
+
+    def _oip_accepted(self) -> Callable[[socket.socket], None]:
+        if self._oip is None:
+            from remora.agent.doors.oip_door import OipDoor  # HTTP/2: 40 ms and 4 MB, only where it is served
+
+            self._oip = OipDoor(self.core)
+        door = self._oip
+
+        def accepted(sock: socket.socket) -> None:
+            door.serve(sock, identities.of_unix_peer(sock) if sock.family == socket.AF_UNIX else identities.TCP)
+
+        return accepted
 
     def _attached_connection(self, attachment: Attachment, sock: socket.socket) -> None:
         self._connection(sock, attachment.identity, attachment)

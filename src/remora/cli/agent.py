@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help="unix:///path, unix://@name or tcp://127.0.0.1:port; may be given several times "
+        help="unix:///path, unix://@name or tcp://127.0.0.1:port; with oip+ before it (oip+unix:///path) for the Open "
+        "Inference Protocol, REST and gRPC on the same address; may be given several times "
         f"(default: unix://{paths.agent_socket()})",
     )
     parser.add_argument(
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace, control: Path) -> int:
     from remora.agent import main, policy
-    from remora.agent.identity import parse_address
+    from remora.agent.identity import parse_address, parse_listen_address
     from remora.catalog import load_catalog
     from remora.workers.pool import WorkerPool
 
@@ -58,7 +59,7 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
     if "://" not in metrics and not metrics.startswith("/"):
         metrics = f"tcp://{metrics}"
     options = main.Options(
-        listen=[parse_address(text) for text in args.listen or [f"unix://{paths.agent_socket()}"]],
+        listen=[parse_listen_address(text) for text in args.listen or [f"unix://{paths.agent_socket()}"]],
         state=(args.state or paths.state_dir() / "agent").absolute(),
         policy=policy.load(args.config),
         control=control,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from remora.agent.answers import Answer
 from remora.agent.core import Core
@@ -11,7 +12,6 @@ from remora.agent.operations import Operation
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
 from remora.errors import DeadlineExceededError, InternalError, RemoraError
-from remora.wire.ttrpc.calls import Call
 
 #: Answers a call with a finished operation's answer; it must see to it that the answer is dropped.
 Reply = Callable[[Answer], None]
@@ -19,8 +19,21 @@ Reply = Callable[[Answer], None]
 Fail = Callable[[RemoraError], None]
 
 
+class Request(Protocol):
+    """What running needs of a request: a ttrpc `Call`, or a `web.exchange.Exchange`."""
+
+    service: str
+    method: str
+
+    def retain(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def on_cancel(self, callback: Callable[[RemoraError], None]) -> None: ...
+
+
 def run_for(
-    core: Core, peer: Peer, call: Call, session: Session, operation: Operation, *, reply: Reply, fail: Fail
+    core: Core, peer: Peer, call: Request, session: Session, operation: Operation, *, reply: Reply, fail: Fail
 ) -> None:
     """Run an operation whose inputs lie in the call's memory; exactly one of `reply` and `fail` follows.
 
@@ -70,7 +83,7 @@ def run_for(
     call.on_cancel(cancelled)
 
 
-def _note(core: Core, peer: Peer, call: Call, reason: RemoraError) -> None:
+def _note(core: Core, peer: Peer, call: Request, reason: RemoraError) -> None:
     if isinstance(reason, DeadlineExceededError):
         core.refused(call.service, call.method, peer, reason)
 

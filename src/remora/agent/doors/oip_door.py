@@ -1,0 +1,105 @@
+"""The Open Inference Protocol's door: connections with an identity, and both faces of the protocol on each.
+
+Imported only by agents that listen for it: HTTP/2 costs a process 40 ms and 4 MB that others need not pay.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+
+from remora.agent.core import Core
+from remora.agent.doors.oip import Inferences
+from remora.agent.doors.oip_grpc import GrpcDoor
+from remora.agent.doors.oip_rest import RestDoor
+from remora.agent.identity import Identity
+from remora.agent.peers import Peer
+from remora.agent.web.connection import WebConnection
+from remora.agent.web.exchange import Link
+from remora.agent.web.http1 import Http1, Http1Exchange, refusal
+from remora.agent.web.http2 import GrpcExchange, Http2
+from remora.errors import RemoraError
+
+NAME = "oip"
+#: Calls open at once on one connection; more wait at the client (SETTINGS_MAX_CONCURRENT_STREAMS).
+_MAX_STREAMS = 100
+
+
+class OipDoor:
+    """Serves HTTP/1.1 and HTTP/2 connections of callers."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        inferences = Inferences(core)
+        self._rest = RestDoor(core, inferences)
+        self._grpc = GrpcDoor(core, inferences)
+
+    def serve(self, sock: socket.socket, identity: Identity) -> None:
+        """Take over a connection."""
+        core, limits = self._core, self._core.limits
+        try:
+            core.peers.check_room(identity.tenant)
+        except RemoraError as error:
+            core.refused(NAME, "connect", Peer(identity, 0.0), error)
+            _turn_away(sock, error)
+            return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.send_buffer_bytes)
+        peer = core.peers.join(identity)
+        peer.connection = WebConnection(
+            core.reactor,
+            sock,
+            http1=partial(self._http1, peer),
+            http2=partial(self._http2, peer),
+            on_close=lambda: core.peers.leave(peer),
+            max_out_bytes=limits.out_bytes_per_connection,
+            send_timeout_s=limits.frame_timeout_s,
+        )
+
+    def _http1(self, peer: Peer, link: Link) -> Http1:
+        def handle(exchange: Http1Exchange) -> None:
+            self._count(peer)
+            self._rest.handle(peer, exchange)
+
+        core, limits = self._core, self._core.limits
+        return Http1(
+            link,
+            handle,
+            scratch=core.reactor.scratch,
+            allocate=partial(core.peers.allocate, peer.identity.tenant),
+            max_body_bytes=limits.message_bytes,
+            timeout_s=limits.frame_timeout_s,
+            now_s=core.reactor.now_s,
+            call_soon=core.reactor.call_soon,
+        )
+
+    def _http2(self, peer: Peer, link: Link) -> Http2:
+        def handle(exchange: GrpcExchange) -> None:
+            self._count(peer)
+            self._grpc.handle(peer, exchange)
+
+        core, limits = self._core, self._core.limits
+        return Http2(
+            link,
+            handle,
+            scratch=core.reactor.scratch,
+            allocate=partial(core.peers.allocate, peer.identity.tenant),
+            max_body_bytes=limits.message_bytes,
+            max_streams=min(_MAX_STREAMS, limits.in_flight_per_connection),
+            timeout_s=limits.frame_timeout_s,
+            now_s=core.reactor.now_s,
+        )
+
+    def _count(self, peer: Peer) -> None:
+        peer.requests += 1
+        peer.active_s = self._core.reactor.now_s()
+
+
+def _turn_away(sock: socket.socket, error: RemoraError) -> None:
+    """Say why, if the socket takes it at once; then close."""
+    try:
+        sock.send(refusal(error))
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # gone already: there is nobody to tell
+    finally:
+        sock.close()
