@@ -15,8 +15,8 @@ from remora.agent.disk import DiskPool
 from remora.agent.operations import is_digest
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
-from remora.errors import InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
-from remora.workers.contract import SHARED, ModelSource, ModelSpec, Workers
+from remora.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
+from remora.workers.contract import SHARED, ModelSource, ModelSpec, TensorSpec, Workers
 
 FORMATS = ("onnx",)
 
@@ -49,7 +49,7 @@ class CatalogueEntry(Protocol):
 class ModelCard:
     """A model as `Models` and `LoadModel` show it: what is known of it now."""
 
-    __slots__ = ("description", "digest", "licence", "name", "size_bytes", "spec", "task")
+    __slots__ = ("description", "digest", "inputs", "licence", "name", "outputs", "size_bytes", "spec", "task")
 
     def __init__(self, name: str, task: str, digest: str, size_bytes: int, spec: ModelSpec | None) -> None:
         self.name = name
@@ -57,6 +57,8 @@ class ModelCard:
         self.digest = digest
         self.size_bytes = size_bytes
         self.spec = spec
+        self.inputs: tuple[TensorSpec, ...] = spec.inputs if spec is not None else ()
+        self.outputs: tuple[TensorSpec, ...] = spec.outputs if spec is not None else ()
         self.description = ""
         self.licence = ""
 
@@ -89,6 +91,23 @@ def _no_backend(name: str, extra: str) -> RemoraError:
         f"the model is {name}, and this node has no backend for it: remora[{extra}] is missing",
         fix=f"export the model to ONNX, which every operation here takes, or ask the operator for remora[{extra}]",
     )
+
+
+def _as_declared(source: ModelSource, outcome: ModelSpec | RemoraError) -> ModelSpec | RemoraError:
+    """Return the outcome of a load, or what is wrong with the manifest: guests relied on what it declares."""
+    if isinstance(outcome, RemoraError):
+        return outcome
+    for kind, declared, real in (
+        ("inputs", source.inputs, outcome.inputs),
+        ("outputs", source.outputs, outcome.outputs),
+    ):
+        if declared and declared != real:
+            found = ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in real)
+            return FailedPreconditionError(
+                f"the {kind} of model {source.key!r} are not those that its manifest declares",
+                fix=f"correct [[{kind}]] in its manifest: {found}",
+            )
+    return outcome
 
 
 class Models:
@@ -171,7 +190,7 @@ class Models:
             if error is not None:
                 self._answer(key, error)
             else:
-                self._workers.load(key[0], source, lambda spec: self._answer(key, spec))
+                self._workers.load(key[0], source, lambda spec: self._answer(key, _as_declared(source, spec)))
 
         def verify() -> None:
             files.ResourceFiles.verify(source.path, source.digest)
@@ -268,6 +287,7 @@ class Models:
             return ModelCard(model, spec.task if spec else "tensor", model, self._store.size(tenant, model), spec)
         card = ModelCard(model, entry.source.task, entry.source.digest, entry.info.size_bytes, spec)
         card.description, card.licence = entry.info.description, entry.info.licence
+        card.inputs, card.outputs = card.inputs or entry.source.inputs, card.outputs or entry.source.outputs
         return card
 
     def cards(self, session: Session) -> list[ModelCard]:

@@ -78,6 +78,8 @@ def load_entry(path: Path) -> CatalogEntry:
         format=manifest.format,
         task=manifest.task,
         manifest={"preprocess": manifest.preprocess, "scores": manifest.scores, "labels": labels},
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
     )
     info = ModelMetadata(manifest.description, manifest.licence, manifest.source, file.stat().st_size)
     return CatalogEntry(manifest.name, manifest, path.parent, source, info, labels)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from remora.errors import InvalidArgumentError, NotFoundError
+from remora.wire.remora_v1 import DTYPES
+from remora.workers.contract import TensorSpec
 
 FILE_NAME = "manifest.toml"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -22,6 +24,7 @@ TASKS = ("classification", "tensor")
 FORMATS = ("onnx",)
 _TEXT_KEYS = ("name", "task", "description", "licence", "format", "file", "sha256", "labels", "source")
 _TABLES = ("preprocess", "scores", "recipe")
+_TENSORS = ("inputs", "outputs")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Manifest:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    #: Declared, so that guests can ask before the model is loaded; compared with the model when it is.
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -59,11 +65,11 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         table = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(f"{where} is not valid TOML: {error}") from error
-    unknown = set(table) - set(_TEXT_KEYS) - set(_TABLES)
+    allowed = (*_TEXT_KEYS, *_TABLES, *_TENSORS)
+    unknown = set(table) - set(allowed)
     if unknown:
         raise InvalidArgumentError(
-            f"{where} has unknown keys: {', '.join(sorted(unknown))}",
-            fix=f"allowed are {', '.join((*_TEXT_KEYS, *_TABLES))}",
+            f"{where} has unknown keys: {', '.join(sorted(unknown))}", fix=f"allowed are {', '.join(allowed)}"
         )
     for key in _TEXT_KEYS:
         if not isinstance(table.get(key, ""), str):
@@ -74,9 +80,27 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     for key in ("name", "task"):
         if not table.get(key):
             raise InvalidArgumentError(f"{where}: {key} is missing")
+    for key in _TENSORS:
+        table[key] = _tensors(table.get(key, []), key, where)
     manifest = Manifest(**table)
     _check(manifest, where)
     return manifest
+
+
+def _tensors(given: object, key: str, where: str) -> tuple[TensorSpec, ...]:
+    """Check `[[inputs]]` or `[[outputs]]`."""
+    example = f'write [[{key}]] with name = "x", dtype = "float32" and shape = [-1, 3]; -1 is any size'
+    if not isinstance(given, list):
+        raise InvalidArgumentError(f"{where}: {key} must be an array of tables", fix=example)
+    specs = []
+    for table in given:
+        match table:
+            case {"name": str(name), "dtype": str(dtype), "shape": list(shape), **rest} if not rest and dtype in DTYPES:
+                if all(type(size) is int and size >= -1 for size in shape):
+                    specs.append(TensorSpec(name, dtype, tuple(shape)))
+                    continue
+        raise InvalidArgumentError(f"{where}: {key} has {table!r}", fix=f"{example}; dtypes are {', '.join(DTYPES)}")
+    return tuple(specs)
 
 
 def _check(manifest: Manifest, where: str) -> None:

@@ -100,6 +100,8 @@ def _show(name: str, directory: Path | None) -> int:
         )
         raise NotFoundError(f"no model {name!r} is built", fix=hint)
     facts = _facts(entry)
+    for key, specs in (("inputs", entry.source.inputs), ("outputs", entry.source.outputs)):
+        facts[key] = [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
     facts["preprocess"] = dict(entry.manifest.preprocess)
     facts["scores"] = dict(entry.manifest.scores)
     facts["labels"] = len(entry.labels)

@@ -35,6 +35,9 @@ class ModelSource:
     format: str  # "onnx"
     task: str = "tensor"  # "classification", "tensor"
     manifest: Mapping[str, Any] = field(default_factory=dict)  # preprocessing, labels, ... for catalogue models
+    #: As the manifest declares them; empty where nobody did.
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True)

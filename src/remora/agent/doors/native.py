@@ -55,8 +55,8 @@ def model_info(card: ModelCard) -> v1.ModelInfo:
     return v1.ModelInfo(
         name=card.name,
         task=card.task,
-        inputs=_specs(card.spec.inputs) if card.spec is not None else [],
-        outputs=_specs(card.spec.outputs) if card.spec is not None else [],
+        inputs=_specs(card.inputs),
+        outputs=_specs(card.outputs),
         digest=card.digest,
         description=card.description,
         licence=card.licence,
