@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str | None, list[str]]:
-    """Return (our own options, command, the command's arguments): a guest's command line is none of argparse's business."""
+    """Return (our own options, command, its arguments): a guest's command line is none of argparse's business."""
     for position, argument in enumerate(arguments):
         if not argument.startswith("-"):
             return arguments[:position], argument, arguments[position + 1 :]
