@@ -47,7 +47,7 @@ tmp /new/tmp tmpfs nosuid,nodev 0 0
 #: Same for every build: a random one would change the image's bytes.
 _UUID = "72656d6f-7261-4000-8000-6775657374a1"
 #: Parts of the remora package that run in the guest; their bytes belong to the recipe.
-PACKAGE_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client", "guest")
+PACKAGE_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client", "vaccel", "guest")
 
 Progress = Callable[[str, float], None]
 

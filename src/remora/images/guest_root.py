@@ -20,7 +20,7 @@ _LATE_MODULES = ("traceback", "encodings.idna", "encodings.latin_1", "stringprep
 _LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/lib")
 _MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "etc", "root", "var")
 #: What the SDK consists of inside a container, below /run/remora/sdk.
-SDK_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client")
+SDK_PARTS = ("__init__.py", "aio.py", "errors.py", "reactor.py", "wire", "client", "vaccel")
 #: Runs in the guest's interpreter: prints the file of every module that PID 1 has imported, then of the late ones.
 _TRACE = """
 import sys

@@ -19,7 +19,7 @@ from fake_agent import FakeAgent
 
 PACKAGE = Path(remora.__file__).parent
 #: What the SDK's directory in a container holds; the rest of the package needs a newer Python.
-GUEST_SIDE = ["__init__.py", "aio.py", "errors.py", "reactor.py", "client", "guest", "wire"]
+GUEST_SIDE = ["__init__.py", "aio.py", "errors.py", "reactor.py", "client", "guest", "vaccel", "wire"]
 RUNS = 7
 
 ISOLATED = """
@@ -53,6 +53,11 @@ with remora.connect(sys.argv[2]) as session:
     assert os.waitpid(pid, 0)[1] == 0
     assert session.ping() > 0
 assert remora.ready() in (True, False)
+
+import remora.vaccel
+import remora.vaccel.ops.tf.lite
+for name in remora.vaccel.__all__:
+    assert getattr(remora.vaccel, name) is not None, name
 
 async def twin():
     async with remora.aio.connect(sys.argv[2]) as session:
@@ -99,7 +104,8 @@ def test_the_sdk_works_isolated_with_nothing_but_its_own_directory(minor: int, t
 @pytest.mark.parametrize("path", guest_side(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_guest_side_module_is_python_3_9_and_imports_only_the_standard_library(path: Path) -> None:
     tree = ast.parse(path.read_text(), str(path), feature_version=(3, 9))
-    allowed = {"remora.errors", "remora.wire", "remora.client", "remora.guest", "remora.reactor", "remora.aio"}
+    homes = ("errors", "wire", "client", "guest", "reactor", "aio", "vaccel")
+    allowed = {f"remora.{home}" for home in homes}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

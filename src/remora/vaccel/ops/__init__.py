@@ -1,0 +1,1 @@
+"""Operations by service, each with its `Tensor` and `TensorType`."""
