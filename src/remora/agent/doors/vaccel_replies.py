@@ -12,6 +12,7 @@ from collections.abc import Callable
 from remora.agent.answers import Answer
 from remora.agent.core import Core
 from remora.agent.doors.calls import as_remora_error, run_for
+from remora.agent.hints import is_hint
 from remora.agent.operations import Operation
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
@@ -75,8 +76,9 @@ class Replies:
             known = sent = error.error
         else:
             known = as_remora_error(self.core, error)
-            if not known.details:
-                with_errno(known)
+            hints = [detail for detail in known.details if is_hint(detail)]
+            if len(hints) == len(known.details):
+                known.details = (*with_errno(known).details, *hints)  # its clients read the first
             sent = known
             if known.code in _AS_INTERNAL:
                 sent = InternalError(known.message, fix=known.fix)
