@@ -21,6 +21,7 @@ from remora.agent.metrics import Metrics
 from remora.agent.models import CatalogueEntry, Models
 from remora.agent.peers import Peer, Peers
 from remora.agent.policy import Policy
+from remora.agent.quotas import Quotas
 from remora.agent.scheduler import FairScheduler
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
@@ -32,7 +33,7 @@ from remora.workers.contract import Workers
 _LINGER_S = 30.0
 _SWEEP_S = 1.0
 _STORE_SWEEP_S = 60.0
-_RULE = re.compile(r"\(((?:limits|store|workers)\.[a-z_]+)\)")
+_RULE = re.compile(r"\((?:((?:limits|store|workers)\.[a-z_]+)\)|rule (\[.*?\] (?:\d+ )?[a-z_]+) = )")
 _CODES = {
     1: "CANCELLED",
     3: "INVALID_ARGUMENT",
@@ -77,10 +78,20 @@ class Core:
         self.models = Models(catalogue, workers, self.store, self.sessions, self.disk)
         self.scheduler = FairScheduler(workers.slots, time.monotonic, policy.limits.queue_length_per_tenant)
         self.answers = Answers(policy.limits)
+        self.quotas = Quotas(policy.rules, time.monotonic)
+        self.sessions.quotas = self.store.quotas = self.quotas
         self.execution = Execution(
-            workers, self.models, self.sessions, self.scheduler, self.answers, self.metrics, reactor.call_soon
+            workers,
+            self.models,
+            self.sessions,
+            self.scheduler,
+            self.answers,
+            self.metrics,
+            reactor.call_soon,
+            self.quotas,
         )
         self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
+        self.peers.on_join = lambda identity: self.quotas.note(identity.key, identity.labels)
         #: Doors that keep something of their own for a session add themselves.
         self.on_session_end: list[Callable[[Session], None]] = []
         self.on_tenant_gone: list[Callable[[str], None]] = []
@@ -147,6 +158,7 @@ class Core:
         for peer in self.peers.of_key(identity.key):
             if peer.connection is not None:
                 peer.connection.close()
+        self.quotas.forget(identity.key)
         tenants = {identity.tenant}
         if not keep_sessions:
             for session in self.sessions.of_owner(identity.key):
@@ -177,7 +189,7 @@ class Core:
         tenant = peer.identity.tenant
         code = _CODES.get(error.code, "UNKNOWN")
         found = _RULE.search(error.message)
-        rule = found.group(1) if found else code
+        rule = found.group(1) or found.group(2) if found else code
         self.metrics.answered(door, method, tenant, code)
         self.metrics.refused(tenant, rule)
         cause = error.__cause__

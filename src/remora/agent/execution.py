@@ -13,6 +13,8 @@ from remora.agent.answers import Answer, Answers, Flight, Waiter
 from remora.agent.metrics import Metrics
 from remora.agent.models import Models
 from remora.agent.operations import COMPUTE, Operation
+from remora.agent.quotas import Quotas
+from remora.agent.rules import Rules
 from remora.agent.scheduler import Scheduler, Ticket
 from remora.agent.sessions import Session, Sessions
 from remora.errors import CancelledError, RemoraError
@@ -22,7 +24,18 @@ from remora.workers.contract import Job, JobHandle, ModelSpec, Result, Workers
 class Run:
     """One operation on its way."""
 
-    __slots__ = ("cancelled", "flight", "handle", "operation", "release", "session", "started_s", "ticket", "waiter")
+    __slots__ = (
+        "begun_s",
+        "cancelled",
+        "flight",
+        "handle",
+        "operation",
+        "release",
+        "session",
+        "started_s",
+        "ticket",
+        "waiter",
+    )
 
     def __init__(self, session: Session, operation: Operation, release: Callable[[], None], waiter: Waiter) -> None:
         self.session = session
@@ -33,7 +46,7 @@ class Run:
         self.flight: Flight | None = None
         self.ticket: Ticket | None = None
         self.handle: JobHandle | None = None
-        self.started_s = time.monotonic()
+        self.started_s = self.begun_s = time.monotonic()
         self.cancelled = False
 
 
@@ -49,7 +62,11 @@ class Execution:
         answers: Answers,
         metrics: Metrics,
         call_soon: Callable[[Callable[[], None]], None],
+        quotas: Quotas | None = None,
     ) -> None:
+        self._quotas = quotas or Quotas(Rules(), time.monotonic)
+        #: Raised instead of beginning anything, while the agent drains.
+        self.closed: Callable[[], RemoraError] | None = None
         self._workers = workers
         self._models = models
         self._sessions = sessions
@@ -100,6 +117,14 @@ class Execution:
     def _begin(self, run: Run) -> None:
         model = run.operation.model
         computes = run.operation.name == COMPUTE
+        if self.closed is not None:
+            raise self.closed()
+        tenant = run.session.tenant
+        terms = self._quotas.terms(run.session.owner, tenant)
+        terms.check("operations", run.operation.name)
+        if not computes:
+            terms.check("models", model)
+        self._quotas.admit(tenant, terms)
         # Arithmetic needs no model, and what a tenant makes it chew on must hold up nobody else's worker.
         domain = run.session.tenant if computes else self._models.domain_for(run.session, model)
         self._runs.setdefault(run.session.id, set()).add(run)
@@ -124,18 +149,28 @@ class Execution:
         except RemoraError as error:
             self._finish(run, error)
 
+    @property
+    def idle(self) -> bool:
+        """True if nothing runs or waits."""
+        return not self._runs
+
     def _queue(self, run: Run, domain: str) -> None:
+        terms = self._quotas.terms(run.session.owner, run.session.tenant)
+        device = "cpu" if run.operation.name == COMPUTE else self._models.device(domain, run.operation.model)
+        terms.check("devices", device)
         run.ticket = Ticket(
             run.session.tenant,
             (domain, run.operation.model),
             lambda: self._start(run, domain),
             lambda error: self._finish(run, error),
             run.operation.deadline_s,
+            terms.share,
         )
         self._scheduler.submit(run.ticket)
 
     def _start(self, run: Run, domain: str) -> None:
         operation = run.operation
+        run.begun_s = time.monotonic()
         queue_us = int((time.monotonic() - run.started_s) * 1e6)
         job = Job(
             operation=operation.name,
@@ -167,7 +202,12 @@ class Execution:
                 self._finish(run, outcome)
         finally:  # whatever became of the answer, the slot is free
             if run.ticket is not None:
-                self._scheduler.finished(run.ticket, run_us)
+                measured = isinstance(outcome, Result)
+                # What failed or was given up has used its time, too: else that would be the way around a share.
+                used_us = run_us if measured else int((time.monotonic() - run.begun_s) * 1e6)
+                tenant = run.session.tenant
+                self._quotas.charge(tenant, self._quotas.terms(run.session.owner, tenant), used_us)
+                self._scheduler.finished(run.ticket, used_us, measured=measured)
 
     def _finish(self, run: Run, outcome: Answer | RemoraError) -> None:
         self._remove(run)

@@ -157,6 +157,11 @@ class Models:
             f"there is no model {model!r}", fix=f"the catalogue is {names}; `remora models build` adds to it"
         )
 
+    def device(self, domain: str, model: str) -> str:
+        """Return the device on which a loaded model runs."""
+        spec = self._loaded.get((domain, model))
+        return spec.device if spec is not None else ""
+
     def loaded(self, domain: str, model: str) -> bool:
         return (domain, model) in self._loaded
 

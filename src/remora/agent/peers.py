@@ -96,6 +96,8 @@ class Peers:
         self._allocate = allocate
         self._reclaim = reclaim
         self._on_left = on_left
+        #: Called with the identity of each new connection.
+        self.on_join: Callable[[Identity], None] = lambda _identity: None
         self._peers: set[Peer] = set()
         self.per_tenant: Counter[str] = Counter()
         self.in_flight_bytes: Counter[str] = Counter()
@@ -123,6 +125,7 @@ class Peers:
             )
 
     def join(self, identity: Identity) -> Peer:
+        self.on_join(identity)
         peer = Peer(identity, time.monotonic())
         self._peers.add(peer)
         self.per_tenant[identity.tenant] += 1

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from remora.agent.rules import Rules, parse_rules
 from remora.errors import FailedPreconditionError, InvalidArgumentError, PermissionDeniedError
 from remora.workers.settings import WorkerSettings
 
@@ -59,6 +60,8 @@ class Limits:
     answer_bytes_per_tenant: int = 4 * MIB
     #: Models that one session may have loaded at once.
     models_per_session: int = 16
+    #: SIGTERM lets what runs finish for this long.
+    drain_timeout_s: int = 10
     #: Resources and unfinished uploads of one tenant.
     resources_per_tenant: int = 256
 
@@ -83,10 +86,13 @@ class Policy:
     store: StoreLimits = field(default_factory=StoreLimits)
     #: Section `[workers]`.
     workers: WorkerSettings = field(default_factory=WorkerSettings)
+    #: Sections `[defaults]`, `[tenant.NAME]` and `[[label]]`: what tenants may do (docs/policy.md).
+    rules: Rules = field(default_factory=Rules)
 
 
 Section = Limits | StoreLimits | WorkerSettings
 _SECTIONS: dict[str, type[Section]] = {"limits": Limits, "store": StoreLimits, "workers": WorkerSettings}
+_RULES = ("defaults", "label", "tenant")
 #: Smallest value of a whole number, where 1 would make the agent useless or 0 has a meaning.
 _LEAST: dict[str, int] = {
     "message_bytes": 4 * MIB,
@@ -139,15 +145,17 @@ def parse(text: str, where: str = "the configuration") -> Policy:
     """
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidArgumentError(f"{where} is not TOML: {error}", fix="see docs/agent.md for an example") from error
-    unknown = sorted(set(document) - set(_SECTIONS))
+    unknown = sorted(set(document) - set(_SECTIONS) - set(_RULES))
     if unknown:
         raise InvalidArgumentError(
-            f"{where} has no section `{unknown[0]}`", fix=f"the sections are {', '.join(sorted(_SECTIONS))}"
+            f"{where} has no section `{unknown[0]}`", fix=f"the sections are {', '.join(sorted((*_SECTIONS, *_RULES)))}"
         )
-    sections: dict[str, Any] = {name: _section(name, values, where) for name, values in document.items()}
-    return Policy(**sections)
+    sections: dict[str, Any] = {
+        name: _section(name, values, where) for name, values in document.items() if name in _SECTIONS
+    }
+    return Policy(**sections, rules=parse_rules(document, where, Path(where).name))
 
 
 def load(path: Path | None) -> Policy:

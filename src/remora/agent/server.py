@@ -149,7 +149,8 @@ class Agent:
             self._reactor,
             sock,
             partial(self._call, peer, attachment),
-            max_message_bytes=limits.message_bytes,
+            max_message_bytes=self.core.quotas.terms(identity.key, identity.tenant).values["message_bytes"]
+            or limits.message_bytes,
             allocate=partial(peers.allocate, identity.tenant),
             on_close=lambda _connection: peers.leave(peer),
             max_in_flight=limits.in_flight_per_connection,

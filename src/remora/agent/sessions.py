@@ -19,6 +19,7 @@ from typing import Any
 from remora.agent.identity import Identity
 from remora.agent.journal import Journal
 from remora.agent.policy import Limits
+from remora.agent.quotas import Quotas
 from remora.agent.store import Store
 from remora.errors import NotFoundError, RemoraError, ResourceExhaustedError
 
@@ -93,6 +94,9 @@ class Sessions:
         self.on_end = on_end
         #: Called with a template's session and its copy.
         self.on_fork: Callable[[Session, Session], None] = lambda _original, _copy: None
+        self.quotas: Quotas | None = None
+        #: Raised instead of opening a session, while the agent drains.
+        self.closed: Callable[[], RemoraError] | None = None
         self._by_id: dict[str, Session] = {}
         self._by_token: dict[bytes, Session] = {}
         self._by_number: dict[tuple[str, int], Session] = {}
@@ -196,7 +200,14 @@ class Sessions:
         return session.template and bool(identity.parent) and session.owner == f"sandbox:{identity.parent}"
 
     def _new(self, identity: Identity, *, token_hash: bytes | None, number: int) -> Session:
-        if self.per_tenant[identity.tenant] >= self._limits.sessions_per_tenant and not self._end_oldest(identity):
+        if self.closed is not None:
+            raise self.closed()
+        terms = self.quotas.terms(identity.key, identity.tenant) if self.quotas is not None else None
+        granted: int | None = terms.values["sessions"] if terms is not None else None
+        most = granted or self._limits.sessions_per_tenant
+        if self.per_tenant[identity.tenant] >= most and not self._end_oldest(identity):
+            if terms is not None and granted is not None:
+                raise terms.exhausted("sessions", f"this tenant has {most} sessions", self._limits.lease_s)
             raise ResourceExhaustedError(
                 f"this tenant has {self._limits.sessions_per_tenant} sessions (limits.sessions_per_tenant)",
                 fix="close sessions that are not needed, or ask the operator to raise it",

@@ -17,6 +17,7 @@ from remora.agent.disk import DiskPool
 from remora.agent.journal import Journal
 from remora.agent.ledger import Ledger
 from remora.agent.policy import Limits, StoreLimits
+from remora.agent.quotas import Quotas
 from remora.agent.upload import PutDone, Upload
 from remora.errors import (
     DataLossError,
@@ -50,6 +51,7 @@ class Store:
         self._limits = limits
         self._counts = counts
         self._clock = clock
+        self.quotas: Quotas | None = None
         self._ledger = Ledger()
         self._uploads: dict[tuple[str, str], Upload] = {}
         self._partial_bytes = 0
@@ -188,7 +190,14 @@ class Store:
                 fix="ask the operator to raise it",
             )
         used = self._ledger.tenant_bytes[tenant]
-        if used + total_bytes > self._limits.tenant_bytes:
+        # Bytes belong to a tenant: of rules by label, those of a sandbox that is a tenant of its own apply.
+        terms = self.quotas.terms(tenant, tenant) if self.quotas is not None else None
+        granted: int | None = terms.values["stored_bytes"] if terms is not None else None
+        if terms is not None and granted is not None:
+            if used + total_bytes > granted:
+                what = f"a resource of {total_bytes} bytes does not fit: {used} of {granted} bytes are used"
+                raise terms.exhausted("stored_bytes", what, self._limits.max_age_s)
+        elif used + total_bytes > self._limits.tenant_bytes:
             raise ResourceExhaustedError(
                 f"a resource of {total_bytes} bytes does not fit: {used} of {self._limits.tenant_bytes} bytes are used "
                 "(store.tenant_bytes)",

@@ -74,6 +74,8 @@ def test_the_operators_page_lists_every_key_with_its_default() -> None:
     example = page.split("```toml\n", 1)[1].split("```", 1)[0]
     written = tomllib.loads(example)
     for section in fields(policy.Policy):
+        if section.name == "rules":  # docs/policy.md has those
+            continue
         defaults = asdict(getattr(policy.Policy(), section.name))
         defaults.pop("threads", None)  # the machine decides
         shown = written[section.name]
