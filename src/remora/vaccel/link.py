@@ -7,13 +7,14 @@ way then is not sent again, because vAccel has no idempotency keys.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import threading
 
 from remora.client.address import Address, candidates, parse
 from remora.client.transport import no_agent, open_socket
-from remora.errors import InvalidArgumentError, RemoraError, UnimplementedError
+from remora.errors import InvalidArgumentError, RemoraError, UnavailableError, UnimplementedError
 from remora.vaccel.errors import from_remote
 from remora.wire import vaccel
 from remora.wire.ttrpc.sync import Client
@@ -126,12 +127,15 @@ class Link:
 
 _lock = threading.Lock()
 _shared: Optional[Link] = None
+_over = False
 
 
 def _current() -> Link:
     global _shared
     with _lock:
         link = _shared
+        if _over:  # a session that is collected while the interpreter ends must not connect anew
+            raise UnavailableError("the program is ending")
         if link is None or not link.usable:
             # A forked child leaves the parent's connection alone: closing it here would not end it there.
             link = _shared = Link()
@@ -145,6 +149,15 @@ def close() -> None:
         link, _shared = _shared, None
     if link is not None and link.pid == os.getpid():
         link.close()
+
+
+def _at_exit() -> None:
+    global _over
+    close()
+    _over = True
+
+
+atexit.register(_at_exit)
 
 
 def call(method: str, request: Message, response_cls: Type[M]) -> M:
