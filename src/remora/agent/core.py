@@ -95,9 +95,16 @@ class Core:
         #: Doors that keep something of their own for a session add themselves.
         self.on_session_end: list[Callable[[Session], None]] = []
         self.on_tenant_gone: list[Callable[[str], None]] = []
+        #: File and text of the policy in effect, and why the last reload was refused.
+        self.policy_source = ("", "", "")
         self._last_store_sweep_s = time.monotonic()
         self._closed = False
         reactor.call_later(_SWEEP_S, self._sweep)
+
+    def message_bytes(self, identity: Identity) -> int:
+        """Return the largest message that a caller may send."""
+        granted: int | None = self.quotas.terms(identity.key, identity.tenant).values["message_bytes"]
+        return granted or self.limits.message_bytes
 
     # -- sessions and tenants ---------------------------------------------------------------------------------------
 

@@ -150,6 +150,11 @@ class Execution:
             self._finish(run, error)
 
     @property
+    def count(self) -> int:
+        """How many requests run or wait."""
+        return sum(map(len, self._runs.values()))
+
+    @property
     def idle(self) -> bool:
         """True if nothing runs or waits."""
         return not self._runs

@@ -15,6 +15,7 @@ from remora.agent.identity import Address
 from remora.agent.logs import Log
 from remora.agent.models import CatalogueEntry
 from remora.agent.policy import Policy
+from remora.agent.reloading import Reloading
 from remora.agent.server import Agent
 from remora.reactor import Reactor
 from remora.workers.contract import Workers
@@ -32,6 +33,8 @@ class Options:
     metrics: Address
     json_log: bool = False
     ready_fd: int | None = None
+    #: Where the policy was read, and is read again on SIGHUP.
+    config: Path | None = None
 
 
 #: Descriptors for everything but callers' connections: files, workers, listeners, control, metrics.
@@ -48,6 +51,14 @@ def _within_descriptors(policy: Policy) -> Policy:
         return policy
     connections = max(1, allowed - min(_RESERVED_DESCRIPTORS, allowed // 2))
     return replace(policy, limits=replace(policy.limits, connections=connections))
+
+
+def _end(agent: Agent, reactor: Reactor, timeout_s: float) -> None:
+    """Drain on the first signal, stop at once on the next."""
+    if agent.draining.begun:
+        reactor.stop()
+    else:
+        agent.draining.begin(timeout_s)
 
 
 def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers: MakeWorkers) -> int:
@@ -68,6 +79,7 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         stack.callback(reactor.close)
         for signum in (signal.SIGTERM, signal.SIGINT):
             reactor.on_signal(signum, reactor.stop)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload into
         # Workers before sockets: whoever connects is served, and a node that cannot confine says so at once.
         workers = make_workers(reactor, policy.workers)
         stack.callback(workers.close)
@@ -88,6 +100,10 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
             connections=policy.limits.connections,
             sessions=len(agent.core.sessions),
         )
+        reloading = Reloading(agent.core, options.config, options.policy)
+        reactor.on_signal(signal.SIGHUP, reloading.reload)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            reactor.on_signal(signum, lambda: _end(agent, reactor, policy.limits.drain_timeout_s))
         lifecycle.announce(options.ready_fd, " ".join(addresses))
         reactor.run()
         log.info("agent stopping")

@@ -92,6 +92,8 @@ class Policy:
 
 Section = Limits | StoreLimits | WorkerSettings
 _SECTIONS: dict[str, type[Section]] = {"limits": Limits, "store": StoreLimits, "workers": WorkerSettings}
+#: Largest configuration file; it must fit into an answer on the control socket.
+_MOST_BYTES = 512 * KIB
 _RULES = ("defaults", "label", "tenant")
 #: Smallest value of a whole number, where 1 would make the agent useless or 0 has a meaning.
 _LEAST: dict[str, int] = {
@@ -160,10 +162,23 @@ def parse(text: str, where: str = "the configuration") -> Policy:
 
 def load(path: Path | None) -> Policy:
     """Read the configuration file; no path means the defaults."""
-    if path is None:
-        return Policy()
+    return Policy() if path is None else parse(read(path), str(path))
+
+
+def read(path: Path) -> str:
+    """Return the text of a configuration file.
+
+    Raises:
+        RemoraError: it cannot be read, or is larger than any sensible one.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise InvalidArgumentError(
+                f"the configuration file {path} is larger than {_MOST_BYTES} bytes", fix="match tenants by label"
+            )
+        return data.decode("utf-8")
     except FileNotFoundError as error:
         raise FailedPreconditionError(
             f"the configuration file {path} does not exist", fix="leave --config out for the defaults"
@@ -174,4 +189,3 @@ def load(path: Path | None) -> Policy:
         raise InvalidArgumentError(
             f"the configuration file {path} is not readable text: {error}", fix="give a TOML file"
         ) from error
-    return parse(text, str(path))

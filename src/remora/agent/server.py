@@ -16,6 +16,7 @@ from remora.agent.core import Core
 from remora.agent.doors.control import ControlDoor
 from remora.agent.doors.native import NativeDoor
 from remora.agent.doors.vaccel import VaccelDoor
+from remora.agent.draining import Draining
 from remora.agent.http import HttpServer
 from remora.agent.identity import Address, Identity
 from remora.agent.listeners import Listener, bind, bind_unix
@@ -72,6 +73,7 @@ class Agent:
         self._http_path: Path | None = None
         self.metrics_address = ""
         self.attachments = Attachments(reactor, self.core.journal, self._attached_connection, self.core.end_identity)
+        self.draining = Draining(self.core, reactor.stop)
         self._gauges()
         self._closed = False
 
@@ -95,7 +97,9 @@ class Agent:
 
     def listen_control(self, path: Path) -> None:
         """Serve the host's own side on an owner-only socket."""
-        door = ControlDoor(self.core, self.attachments, lambda: list(self._addresses), self.metrics_address)
+        door = ControlDoor(
+            self.core, self.attachments, lambda: list(self._addresses), self.metrics_address, self.draining
+        )
         self._listeners.append(
             Listener(
                 self._reactor,
@@ -149,8 +153,7 @@ class Agent:
             self._reactor,
             sock,
             partial(self._call, peer, attachment),
-            max_message_bytes=self.core.quotas.terms(identity.key, identity.tenant).values["message_bytes"]
-            or limits.message_bytes,
+            max_message_bytes=self.core.message_bytes(identity),
             allocate=partial(peers.allocate, identity.tenant),
             on_close=lambda _connection: peers.leave(peer),
             max_in_flight=limits.in_flight_per_connection,

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from remora.errors import PermissionDeniedError, UnavailableError
 from remora.wire import control_v1 as v1
+from remora.wire.protobuf import Message
 from remora.wire.ttrpc.sync import Client
 
 _TIMEOUT_S = 10.0
 
 
+M = TypeVar("M", bound=Message)
+
+
 def ask(control: Path) -> v1.StatusResponse:
-    """
+    """Ask for the status. Raises as `call`."""
+    return call(control, "Status", v1.Empty(), v1.StatusResponse, timeout_s=_TIMEOUT_S)
+
+
+def call(control: Path, method: str, request: Message, answer: type[M], *, timeout_s: float | None) -> M:
+    """Make one call on an agent's control socket.
+
     Raises:
         UnavailableError: no agent answers there.
         PermissionDeniedError: it belongs to another user.
@@ -34,10 +44,7 @@ def ask(control: Path) -> v1.StatusResponse:
             fix="start one with `remora agent`, or give its --control PATH",
         ) from error
     with Client(sock) as client:
-        answer: v1.StatusResponse = client.call(
-            v1.SERVICE, "Status", v1.Empty(), v1.StatusResponse, timeout_s=_TIMEOUT_S
-        )
-    return answer
+        return client.call(v1.SERVICE, method, request, answer, timeout_s=timeout_s)
 
 
 def as_dict(answer: v1.StatusResponse) -> dict[str, Any]:

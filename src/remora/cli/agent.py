@@ -13,7 +13,11 @@ HELP = "run the node agent, or ask for its status"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", nargs="?", choices=("serve", "status"), default="serve", help="serve (the default), or show status"
+        "action",
+        nargs="?",
+        choices=("serve", "status", "drain"),
+        default="serve",
+        help="serve (the default), show status, or drain: refuse what is new, finish what runs, and exit",
     )
     parser.add_argument(
         "--listen",
@@ -41,11 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the lines on stderr")
     parser.add_argument("--ready-fd", type=int, metavar="N", help="write a line to this descriptor when listening")
+    parser.add_argument(
+        "--timeout", type=float, default=0.0, metavar="S", help="drain: give up what still runs after this long"
+    )
     parser.add_argument("--json", action="store_true", help="status: as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     control = (args.control or paths.control_socket()).absolute()
+    if args.action == "drain":
+        return _drain(control, args.timeout)
     return _status(control, as_json=args.json) if args.action == "status" else _serve(args, control)
 
 
@@ -66,8 +75,21 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         metrics=parse_address(metrics),
         json_log=args.log_format == "json",
         ready_fd=args.ready_fd,
+        config=args.config.absolute() if args.config is not None else None,
     )
     return main.run(options, load_catalog(args.models), WorkerPool)
+
+
+def _drain(control: Path, timeout_s: float) -> int:
+    from remora.agent.status import call
+    from remora.errors import InvalidArgumentError
+    from remora.wire import control_v1 as v1
+
+    if not 0 <= timeout_s < 1e6:
+        raise InvalidArgumentError(f"--timeout {timeout_s:g} is not a time", fix="give seconds")
+    answer = call(control, "Drain", v1.DrainRequest(timeout_s=timeout_s), v1.DrainResponse, timeout_s=None)
+    print(f"drained agent {answer.pid}: {answer.given_up} requests were given up")
+    return 0
 
 
 def _status(control: Path, *, as_json: bool) -> int:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "image": "import, pull, build, list and remove images",
     "models": "build, list and show the models of the catalogue",
     "agent": "run the node agent, or ask for its status",
+    "policy": "check a configuration file, or show the policy in effect",
     "classify": "classify pictures through the agent",
     "ping": "check the way to the agent",
     "bench": "measure Remora against named yardsticks",

@@ -76,9 +76,29 @@ class StatusResponse(Message):
     metrics_address: str = string(9)
 
 
+class DrainRequest(Message):
+    #: What still runs after this long is given up; 0: as long as a request may take.
+    timeout_s: float = double(1)
+
+
+class DrainResponse(Message):
+    #: Answered when nothing runs any more, just before the agent exits.
+    given_up: int = uint32(1)
+    pid: int = uint32(2)
+
+
+class PolicyResponse(Message):
+    #: The configuration in effect: its file (empty: built-in defaults), its text, and why the last reload was refused.
+    file: str = string(1)
+    text: str = string(2)
+    refused: str = string(3)
+
+
 METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "Attach": (AttachRequest, Empty),
     "Detach": (DetachRequest, Empty),
     "Attachments": (Empty, AttachmentsResponse),
     "Status": (Empty, StatusResponse),
+    "Drain": (DrainRequest, DrainResponse),
+    "Policy": (Empty, PolicyResponse),
 }

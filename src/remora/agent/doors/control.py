@@ -11,6 +11,7 @@ from typing import Any
 from remora import __version__
 from remora.agent.attachments import Attachments
 from remora.agent.core import Core
+from remora.agent.draining import Draining
 from remora.errors import RemoraError, UnimplementedError
 from remora.wire import control_v1 as v1
 from remora.wire.ttrpc.calls import Call
@@ -22,8 +23,14 @@ class ControlDoor:
     """Answers the host: attach and detach sandboxes, say how things are."""
 
     def __init__(
-        self, core: Core, attachments: Attachments, listeners: Callable[[], list[str]], metrics_address: str
+        self,
+        core: Core,
+        attachments: Attachments,
+        listeners: Callable[[], list[str]],
+        metrics_address: str,
+        draining: Draining,
     ) -> None:
+        self._draining = draining
         self._core = core
         self._attachments = attachments
         self._listeners = listeners
@@ -34,6 +41,8 @@ class ControlDoor:
             "Detach": self._detach,
             "Attachments": self._list,
             "Status": self._status,
+            "Drain": self._drain,
+            "Policy": self._policy,
         }
         self._methods = {name: (v1.METHODS[name][0], method) for name, method in methods.items()}
 
@@ -100,6 +109,16 @@ class ControlDoor:
                 )
             )
         call.respond(v1.AttachmentsResponse(attachments=listed))
+
+    def _drain(self, call: Call, request: v1.DrainRequest) -> None:
+        def drained(given_up: int) -> None:
+            call.respond(v1.DrainResponse(given_up=given_up, pid=os.getpid()))
+
+        self._draining.begin(request.timeout_s or self._core.limits.request_timeout_s, drained)
+
+    def _policy(self, call: Call, _request: v1.Empty) -> None:
+        file, text, refused = self._core.policy_source
+        call.respond(v1.PolicyResponse(file=file, text=text, refused=refused))
 
     def _status(self, call: Call, _request: v1.Empty) -> None:
         workers = [

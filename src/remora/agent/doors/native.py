@@ -142,6 +142,8 @@ class NativeDoor:
                 fix=f"this agent speaks version {v1.VERSION}",
             )
         sessions, identity, token = self._core.sessions, peer.identity, request.token
+        if sessions.closed is not None:
+            raise sessions.closed()
         client = request.client[:_MAX_CLIENT_NAME]
         if token:
             session = sessions.resume(identity, token)
@@ -199,7 +201,7 @@ class NativeDoor:
             resumed=resumed,
             forked=forked,
             lease_s=limits.lease_s,
-            max_message_bytes=limits.message_bytes,
+            max_message_bytes=self._core.message_bytes(peer.identity),
             operations=list(operations.NAMES),
             agent=f"remora {__version__}",
             version=v1.VERSION,
