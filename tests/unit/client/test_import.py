@@ -131,7 +131,7 @@ def test_annotations_of_a_guest_side_module_are_never_evaluated_by_python_3_9() 
 
 def _postpones_annotations(path: Path) -> bool:
     body = ast.parse(path.read_text()).body
-    empty = all(isinstance(node, ast.Expr) for node in body)
+    empty = all(isinstance(node, (ast.Expr, ast.ImportFrom)) for node in body)
     future = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in body)
     return empty or future
 
