@@ -186,7 +186,7 @@ def test_running_libraries_is_off_and_the_answer_names_the_rule(genop: Genop, op
     read = [genop.client.arg(b"/lib/x86_64-linux-gnu/libc.so.6\0", STRING), genop.client.arg(b"abort\0", STRING)]
     if opcode == 2:
         read[0] = genop.int64(1)
-    with pytest.raises(RemoteError, match="policy rule exec") as caught:
+    with pytest.raises(RemoteError, match=r"rule \[defaults\] exec = false") as caught:
         genop.run(opcode, read, [genop.room(4)])
     assert (caught.value.code, caught.value.errno) == (7, EPERM)
 

@@ -15,6 +15,7 @@ from remora.agent.answers import Answer
 from remora.agent.doors.vaccel_profiles import Profiles
 from remora.agent.doors.vaccel_replies import Replies, bad_value, with_errno
 from remora.agent.peers import Peer
+from remora.agent.sessions import Session
 from remora.errors import InvalidArgumentError, PermissionDeniedError, UnimplementedError
 from remora.wire import vaccel
 from remora.wire.ttrpc.calls import Call
@@ -135,7 +136,7 @@ class GenopCalls:
         watch.lap("genop > read_args")
         write = request.write_args
         check_args(write)
-        self._check_counts(opcode, read, write)
+        self._check_counts(session, opcode, read, write)
         operation, outputs_of = self._prepare[opcode](read, write, self._core.deadline_s(call.deadline_s))
         watch.lap("genop > write_args")
 
@@ -161,16 +162,15 @@ class GenopCalls:
             raise InvalidArgumentError(f"Genop has no operation {opcode}", fix=f"it has 1 to {len(OPCODES) - 1}")
         return opcode
 
-    def _check_counts(self, opcode: int, read: Args, write: Args) -> None:
+    def _check_counts(self, session: Session, opcode: int, read: Args, write: Args) -> None:
         name = OPCODES[opcode]
         if opcode in (OpType.EXEC, OpType.EXEC_WITH_RESOURCE):
-            raise with_errno(
-                PermissionDeniedError(
-                    f"{name} is off: no guest's library is run on this node (policy rule exec)",
-                    fix="send a model and use its load and run operations",
-                ),
-                _EPERM,
-            )
+            terms = self._core.quotas.terms(session.owner, session.tenant)
+            if not terms.values["exec"]:
+                text = f"{name} is off: no library is run for this tenant ({terms.rule('exec')})"
+                fix = "send a model and use its load and run operations"
+                raise with_errno(PermissionDeniedError(text, fix=fix), _EPERM)
+            raise UnimplementedError(f"{name} is allowed ({terms.rule('exec')}), but this version runs no libraries")
         if opcode not in self._prepare:
             own = (
                 " by Genop; it has a method of its own"
