@@ -78,6 +78,9 @@ class Core:
         self.models = Models(catalogue, workers, self.store, self.sessions, self.disk)
         self.scheduler = FairScheduler(workers.slots, time.monotonic, policy.limits.queue_length_per_tenant)
         self.answers = Answers(policy.limits)
+        self.models.check = lambda session, model: self.quotas.terms(session.owner, session.tenant).check(
+            "models", model
+        )
         self.quotas = Quotas(policy.rules, time.monotonic)
         self.sessions.quotas = self.store.quotas = self.quotas
         self.execution = Execution(

@@ -126,6 +126,8 @@ class Models:
         self._store = store
         self._sessions = sessions
         self._disk = disk
+        #: Raises what policy says against a session's use of a model.
+        self.check: Callable[[Session, str], None] = lambda _session, _model: None
         self._loaded: dict[tuple[str, str], ModelSpec] = {}
         self._waiting: dict[tuple[str, str], list[SpecDone]] = {}
 
@@ -172,6 +174,7 @@ class Models:
             NotFoundError: as `domain`.
         """
         domain = self.domain(session.tenant, model)
+        self.check(session, model)
         key = (domain, model)
         spec = self._loaded.get(key)
         if spec is not None:
@@ -240,6 +243,7 @@ class Models:
                 f"{model_format[:40]!r} is not a model format here", fix=f"use one of {', '.join(FORMATS)}"
             )
         self.domain(session.tenant, model)
+        self.check(session, model)
         self._sessions.add_model(session, model, model_format)
         if is_digest(model):
             self._sessions.hold(session, model)

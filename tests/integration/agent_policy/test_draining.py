@@ -79,6 +79,8 @@ def test_a_reload_applies_to_open_connections_and_a_broken_file_changes_nothing(
             wait_until(lambda: "policy reloaded" in agent.log, "the policy is reloaded")
             with pytest.raises(PermissionDeniedError, match=r"rule \[defaults\] models"):
                 guest.call("Infer", identity_request("identity"), remora_v1.InferResponse)
+            with pytest.raises(PermissionDeniedError):
+                guest.load("identity")
             config.write_text("[defaults]\nmodels = 3\n")
             os.kill(agent.pid, signal.SIGHUP)
             wait_until(lambda: "policy refused" in agent.log, "the broken file is refused")

@@ -50,7 +50,9 @@ def flood(agent: AgentProcess, tenant: str, depth: int) -> Iterator[list[int]]:
 
         def work() -> None:
             while not stop.is_set():
-                used.append(guest.call("Infer", REQUEST, remora_v1.InferResponse).timing.run_us)
+                timing = guest.call("Infer", REQUEST, remora_v1.InferResponse).timing
+                assert timing is not None
+                used.append(timing.run_us)
 
         threads = [threading.Thread(target=work) for _ in range(depth)]
         for thread in threads:
