@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from remora.agent.web.exchange import Link, Piece, Speaker
+from remora.agent.web.http2_frames import PREFACE
 from remora.errors import ProtocolError, RemoraError, UnavailableError
 from remora.reactor import READ, WRITE, Reactor, Timer, is_hangup
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 #: Reads of one connection before others get their turn.
 _READS_PER_TURN = 16
 #: The kernel takes this many buffers at once (IOV_MAX, sendmsg(2)).

@@ -1,8 +1,9 @@
 """gRPC's requests over HTTP/2: h2 keeps the protocol's state, this keeps memory, time and flow within bounds.
 
 h2 is sans-I/O and decides what is legal; it was chosen over grpcio's server, which brings threads of its own and copies
-every message (docs/decisions/). Only unary calls exist here. A message is gathered into the block where it will stay:
-its five-byte prefix says how large it is before anything is allocated.
+every message (docs/decisions/). Data goes around it in both directions (`http2_frames`): in, to the block where a
+message will stay, which its five-byte prefix sizes before anything is allocated; out, from the memory of the answer.
+Only unary calls exist here.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
 
-from remora.agent.web import grpc
+from remora.agent.web import grpc, http2_frames
 from remora.agent.web.exchange import Allocate, Body, Exchange, Link, Piece
+from remora.agent.web.http2_frames import MAX_FRAME_BYTES, PREFACE, FrameReader
 from remora.errors import (
     CancelledError,
     InvalidArgumentError,
@@ -32,13 +34,18 @@ from remora.errors import (
 from remora.workers.contract import Block
 
 _PREFIX = struct.Struct(">BI")
+_WINDOW_UPDATE = 8
 _MAX_HEADERS_BYTES = 16384
-#: The largest frame a client may send: a frame costs h2 about 50 us, so an image model's tensor should be one or two.
-_MAX_FRAME_BYTES = 1 << 20
 _MAX_WINDOW = (1 << 31) - 1
 _DEFAULT_WINDOW = 65535
-#: Streams that a client may give up before that looks like an attack (CVE-2023-44487), beyond those it let be answered.
-_FREE_RESETS = 200
+#: Credit is given back in steps of this size.
+_CREDIT_BYTES = 1 << 20
+#: Frames that carry no request and no data (pings, settings, resets, window updates, empty ones): so many are free,
+#: and so many more for each call, KiB and second. Each costs the agent 30 us for its 9 bytes (CVE-2019-9512 ff.,
+#: CVE-2023-44487).
+_FREE_FRAMES = 1000
+_FRAMES_PER_CALL = 20
+_FRAMES_PER_S = 20
 _SLOWEST_BYTES_PER_S = 65536
 _CHECK_S = 1.0
 
@@ -48,13 +55,11 @@ class GrpcExchange(Exchange):
 
     __slots__ = ("_connection", "_stream", "path")
 
-    def __init__(
-        self, connection: Http2, stream: _Stream, headers: dict[str, str], body: memoryview, block: Block | None
-    ) -> None:
-        super().__init__(headers, body, block)
+    def __init__(self, connection: Http2, stream: _Stream, body: memoryview, block: Block | None) -> None:
+        super().__init__(stream.headers, body, block)
         self._connection = connection
         self._stream = stream
-        self.path = stream.path
+        self.path = stream.headers.get(":path", "")
 
     def respond(self, pieces: Sequence[Piece], *, on_sent: Callable[[], None] | None = None) -> bool:
         """Answer with a message. Returns False if the call was over; `on_sent` is called in any case, once."""
@@ -85,21 +90,38 @@ class GrpcExchange(Exchange):
 class _Stream:
     """One call on its way in or out."""
 
-    __slots__ = ("begun_s", "body", "exchange", "headers", "id", "on_sent", "out", "path", "prefix", "refused")
+    __slots__ = ("begun_s", "body", "exchange", "headers", "id", "on_sent", "out", "prefix", "sending")
 
-    def __init__(self, stream_id: int, path: str, headers: dict[str, str], now_s: float) -> None:
+    def __init__(self, stream_id: int, headers: dict[str, str], now_s: float) -> None:
         self.id = stream_id
-        self.path = path
         self.headers = headers
         #: When its request began to come, or its answer to wait for the client; 0 while it is being worked on.
         self.begun_s = now_s
         self.prefix = b""
         self.body: Body | None = None
-        #: It has its answer already: what still comes is thrown away.
-        self.refused = False
         self.exchange: GrpcExchange | None = None
+        #: What the client's windows do not let through yet.
         self.out: deque[memoryview] = deque()
+        #: Frames that the socket has not taken yet.
+        self.sending = 0
         self.on_sent: Callable[[], None] | None = None
+
+    def settle(self) -> None:
+        """Give the answer's memory back if nothing of it is left to send."""
+        if not self.out and not self.sending:
+            on_sent, self.on_sent = self.on_sent, None
+            if on_sent is not None:
+                on_sent()
+
+    def drop(self, reason: RemoraError) -> None:
+        """Give back what a stream that is gone holds."""
+        if self.body is not None:
+            self.body.drop()
+            self.body = None
+        self.out.clear()
+        self.settle()
+        if self.exchange is not None:
+            self.exchange.cancel(reason)
 
 
 class Http2:
@@ -119,85 +141,126 @@ class Http2:
     ) -> None:
         self._link = link
         self._handler = handler
-        self._scratch = scratch
         self._allocate = allocate
         self._max_body_bytes = max_body_bytes
         self._timeout_s = timeout_s
         self._now_s = now_s
+        #: Streams that have no whole answer yet.
         self._streams: dict[int, _Stream] = {}
-        self._resets = 0
-        self._answered = 0
+        self._frames = self._calls = self._kib = 0
+        self._uncredited = 0
         self._over = False
         self._settled = False
         self._opened_s = now_s()
+        self._reader = FrameReader(self, scratch, len(PREFACE))
         self._h2 = H2Connection(H2Configuration(client_side=False, header_encoding=None))
         self._h2.local_settings = Settings(
             client=False,
             initial_values={
                 SettingCodes.MAX_CONCURRENT_STREAMS: max_streams,
-                SettingCodes.MAX_FRAME_SIZE: _MAX_FRAME_BYTES,
+                SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
                 SettingCodes.MAX_HEADER_LIST_SIZE: _MAX_HEADERS_BYTES,
+                # Memory is bounded by message, not by window: each has its block before its bytes are let in.
                 SettingCodes.INITIAL_WINDOW_SIZE: min(max_body_bytes + _DEFAULT_WINDOW, _MAX_WINDOW),
             },
         )
-        self._h2.max_inbound_frame_size = _MAX_FRAME_BYTES
         self._h2.initiate_connection()
-        # Memory is bounded by message, not by window: each message has its block before its bytes are let in.
         self._h2.increment_flow_control_window(_MAX_WINDOW - _DEFAULT_WINDOW)
         self._flush()
 
     # -- receiving --------------------------------------------------------------------------------------------------
 
     def get_buffer(self) -> memoryview:
-        return self._scratch
+        return self._reader.get_buffer()
 
     def received(self, count: int) -> None:
         if self._over:
             return
         try:
-            for event in self._h2.receive_data(bytes(self._scratch[:count])):
-                self._event(event)
-        except (H2Error, UnicodeDecodeError, ValueError) as error:
-            self._over = True
-            self._flush()  # h2 has said goodbye to the client
+            self._reader.received(count)
+        except (H2Error, ProtocolError, ValueError) as error:
+            self._goodbye(ErrorCodes.PROTOCOL_ERROR)
+            self._link.finish()
             raise ProtocolError(f"the client does not speak HTTP/2 as it should: {error}") from error
         self._flush()
+
+    def control(self, frame: bytes) -> None:
+        """(`http2_frames.Sink`)"""
+        if self._over:
+            return
+        self._count_frame()
+        for event in self._h2.receive_data(frame):
+            self._event(event)
+
+    def data(self, stream: int, payload: memoryview) -> None:
+        """(`http2_frames.Sink`)"""
+        found = self._streams.get(stream)
+        if found is not None and found.exchange is None:
+            self._message_data(found, payload)
+
+    def data_ended(self, stream: int, size: int, *, end_stream: bool) -> None:
+        """(`http2_frames.Sink`)"""
+        if self._over:
+            return
+        self._kib += size >> 10
+        self._uncredited += size
+        if self._uncredited >= _CREDIT_BYTES:
+            credit, self._uncredited = self._uncredited, 0
+            frame = http2_frames.header(4, _WINDOW_UPDATE, 0, 0) + struct.pack(">I", credit)
+            self._flush()
+            self._link.transmit([frame])
+        if not size:
+            self._count_frame()
+        if end_stream or stream not in self._streams:
+            # That the stream ends, or does not exist, is h2's business; its bytes are not.
+            flags = http2_frames.END_STREAM if end_stream else 0
+            for event in self._h2.receive_data(http2_frames.header(0, http2_frames.DATA, flags, stream)):
+                self._event(event)
+
+    def body_of(self, stream: int) -> Body | None:
+        """(`http2_frames.Sink`)"""
+        found = self._streams.get(stream)
+        return found.body if found is not None and found.exchange is None else None
+
+    def _count_frame(self) -> None:
+        self._frames += 1
+        if self._frames > _FREE_FRAMES and self._frames > (
+            _FREE_FRAMES + self._calls * _FRAMES_PER_CALL + self._kib + (self._now_s() - self._opened_s) * _FRAMES_PER_S
+        ):
+            self._goodbye(ErrorCodes.ENHANCE_YOUR_CALM)
+            self._link.finish()
 
     def _event(self, event: Any) -> None:
         # Any: h2's events have no common base with what is used here.
         if self._over:
             return
-        if isinstance(event, h2_events.DataReceived):
-            self._h2.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
-            stream = self._streams.get(event.stream_id)
-            if stream is not None and not stream.refused:
-                self._data(stream, event.data)
-        elif isinstance(event, h2_events.RequestReceived):
+        if isinstance(event, h2_events.RequestReceived):
             self._open(event.stream_id, event.headers)
         elif isinstance(event, h2_events.StreamEnded):
             stream = self._streams.get(event.stream_id)
-            if stream is not None and not stream.refused:
+            if stream is not None and stream.exchange is None:
                 self._complete(stream)
         elif isinstance(event, h2_events.StreamReset):
-            self._reset(event.stream_id)
+            stream = self._streams.pop(event.stream_id, None)
+            if stream is not None:
+                stream.drop(CancelledError("the client gave the call up"))
         elif isinstance(event, h2_events.WindowUpdated | h2_events.RemoteSettingsChanged):
             self._settled = True
             for stream in list(self._streams.values()):
                 if stream.out:
                     self._pump(stream)
         elif isinstance(event, h2_events.ConnectionTerminated) and not self._streams:
-            self._end()
+            self._over = True
+            self._link.finish()
 
     def _open(self, stream_id: int, raw: Iterable[tuple[bytes, bytes]]) -> None:
         headers = {bytes(name).decode("latin-1"): bytes(value).decode("latin-1") for name, value in raw}
-        stream = _Stream(stream_id, headers.get(":path", ""), headers, self._now_s())
-        self._streams[stream_id] = stream
+        stream = self._streams[stream_id] = _Stream(stream_id, headers, self._now_s())
         status = grpc.unacceptable(headers)
         if status:
             # No gRPC at all: told in HTTP's terms (gRPC over HTTP2, "Appendix: HTTP2 details").
-            stream.refused = True
             self._h2.send_headers(stream_id, [(":status", str(status))], end_stream=True)
-            self._answered_stream(stream)
+            self._answered(stream)
             return
         encoding = headers.get("grpc-encoding", "identity")
         if encoding != "identity":
@@ -206,8 +269,7 @@ class Http2:
             )
             self.refuse(stream, error)
 
-    def _data(self, stream: _Stream, data: bytes) -> None:
-        rest = memoryview(data)
+    def _message_data(self, stream: _Stream, rest: memoryview) -> None:
         if stream.body is None:
             missing = _PREFIX.size - len(stream.prefix)
             stream.prefix += bytes(rest[:missing])
@@ -240,7 +302,8 @@ class Http2:
             return
         stream.body = None
         stream.begun_s = 0.0
-        exchange = stream.exchange = GrpcExchange(self, stream, stream.headers, body.view, body.block)
+        self._calls += 1
+        exchange = stream.exchange = GrpcExchange(self, stream, body.view, body.block)
         try:
             timeout_s = grpc.timeout_s(stream.headers.get("grpc-timeout", ""))
         except RemoraError as error:
@@ -250,26 +313,6 @@ class Http2:
             exchange.deadline_s = self._now_s() + timeout_s
         self._handler(exchange)
 
-    def _reset(self, stream_id: int) -> None:
-        stream = self._streams.pop(stream_id, None)
-        if stream is None:
-            return
-        self._drop(stream, CancelledError("the client gave the call up"))
-        self._resets += 1
-        if self._resets > _FREE_RESETS + self._answered:
-            self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
-            self._end()
-
-    def _drop(self, stream: _Stream, reason: RemoraError) -> None:
-        """Give back what a stream that is gone held."""
-        if stream.body is not None:
-            stream.body.drop()
-            stream.body = None
-        stream.out.clear()
-        self._sent(stream)
-        if stream.exchange is not None:
-            stream.exchange.cancel(reason)
-
     # -- answering --------------------------------------------------------------------------------------------------
 
     def answer(self, stream: _Stream, pieces: Sequence[Piece], on_sent: Callable[[], None]) -> None:
@@ -278,14 +321,8 @@ class Http2:
             on_sent()
             return
         stream.on_sent = on_sent
-        stream.begun_s = self._now_s()
-        prefix = _PREFIX.pack(0, sum(map(len, pieces)))
-        first, *rest = pieces or (b"",)
-        if len(first) < 4096:
-            stream.out.append(memoryview(prefix + bytes(first)))
-        else:
-            stream.out.extend((memoryview(prefix), memoryview(first)))
-        stream.out.extend(memoryview(piece) for piece in rest)
+        stream.out.append(memoryview(_PREFIX.pack(0, sum(map(len, pieces)))))
+        stream.out.extend(memoryview(piece) for piece in pieces if len(piece))
         self._h2.send_headers(stream.id, grpc.RESPONSE_HEADERS)
         self._pump(stream)
         self._flush()
@@ -295,38 +332,44 @@ class Http2:
         if stream.body is not None:
             stream.body.drop()
             stream.body = None
-        if self._over or stream.id not in self._streams or stream.refused:
+        if self._over or stream.id not in self._streams:
             return
-        stream.refused = True
         self._h2.send_headers(stream.id, grpc.refusal_headers(error), end_stream=True)
-        self._answered_stream(stream)
+        self._answered(stream)
         self._flush()
 
     def _pump(self, stream: _Stream) -> None:
-        """Send as much of a stream's answer as the client's windows let through."""
+        """Send as much of a stream's answer as the client's windows let through, and the status after its end."""
         connection, out = self._h2, stream.out
+        state = connection.streams[stream.id]
+        self._flush()  # the headers, before the data that goes around h2
         while out:
             room = min(connection.local_flow_control_window(stream.id), connection.max_outbound_frame_size)
+            stream.begun_s = self._now_s()
             if room <= 0:
                 return
-            piece = out.popleft()
-            if len(piece) > room:
-                out.appendleft(piece[room:])
-                piece = piece[:room]
-            connection.send_data(stream.id, piece)
-            stream.begun_s = self._now_s()
+            size, frame = _take(out, room)
+            connection.outbound_flow_control_window -= size
+            state.outbound_flow_control_window -= size
+            self._kib += size >> 10
+            stream.sending += 1
+            self._link.transmit(
+                [http2_frames.header(size, http2_frames.DATA, 0, stream.id), *frame], self._sent(stream)
+            )
         connection.send_headers(stream.id, grpc.OK_TRAILERS, end_stream=True)
-        self._sent(stream)
-        self._answered_stream(stream)
+        self._answered(stream)
+        self._flush()
 
-    def _sent(self, stream: _Stream) -> None:
-        on_sent, stream.on_sent = stream.on_sent, None
-        if on_sent is not None:
-            on_sent()
+    @staticmethod
+    def _sent(stream: _Stream) -> Callable[[], None]:
+        def sent() -> None:
+            stream.sending -= 1
+            stream.settle()
 
-    def _answered_stream(self, stream: _Stream) -> None:
-        """The stream has its whole answer. A client that still sends is told to stop; it need not be listened to."""
-        self._answered += 1
+        return sent
+
+    def _answered(self, stream: _Stream) -> None:
+        """The stream has its whole answer. A client that still sends is told to stop; it is not listened to."""
         self._streams.pop(stream.id, None)
         state = self._h2.streams.get(stream.id)
         if state is not None and not state.closed:
@@ -337,10 +380,15 @@ class Http2:
         if data:
             self._link.transmit([data])
 
-    def _end(self) -> None:
-        self._over = True
-        self._flush()
-        self._link.finish()
+    def _goodbye(self, code: ErrorCodes) -> None:
+        """Tell the client why the connection ends."""
+        if not self._over:
+            self._over = True
+            try:
+                self._h2.close_connection(code)
+            except H2Error:
+                pass  # h2 has said so itself
+            self._flush()
 
     # -- time and end -----------------------------------------------------------------------------------------------
 
@@ -349,14 +397,15 @@ class Http2:
         if self._over:
             return None
         if not self._settled and now_s > self._opened_s + self._timeout_s:
-            self._end()
+            self._goodbye(ErrorCodes.SETTINGS_TIMEOUT)
+            self._link.finish()
             return None
         for stream in list(self._streams.values()):
             expected = len(stream.body.view) if stream.body is not None else 0
             if stream.begun_s and now_s > stream.begun_s + self._timeout_s + expected / _SLOWEST_BYTES_PER_S:
                 del self._streams[stream.id]
                 self._h2.reset_stream(stream.id, ErrorCodes.CANCEL)
-                self._drop(stream, CancelledError("the call took too long to arrive, or its answer to be taken"))
+                stream.drop(CancelledError("the call took too long to arrive, or its answer to be taken"))
         self._flush()
         waiting = not self._settled or any(stream.begun_s for stream in self._streams.values())
         return now_s + _CHECK_S if waiting else None
@@ -365,4 +414,17 @@ class Http2:
         self._over = True
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            self._drop(stream, reason)
+            stream.drop(reason)
+
+
+def _take(out: deque[memoryview], room: int) -> tuple[int, list[memoryview]]:
+    """Take up to `room` bytes off a queue of buffers; return how many, and them."""
+    size, taken = 0, []
+    while out and size < room:
+        piece = out.popleft()
+        if len(piece) > room - size:
+            out.appendleft(piece[room - size :])
+            piece = piece[: room - size]
+        size += len(piece)
+        taken.append(piece)
+    return size, taken
