@@ -30,7 +30,7 @@ def test_inputs_and_outputs_are_read() -> None:
     ],
 )
 def test_a_wrong_declaration_is_named_with_an_example(text: bytes) -> None:
-    with pytest.raises(InvalidArgumentError, match="mine.toml: (in|out)puts") as caught:
+    with pytest.raises(InvalidArgumentError, match=r"mine\.toml: (in|out)puts") as caught:
         parse_manifest(HEAD + text, "mine.toml")
     assert "shape = [" in str(caught.value.fix)
 
