@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import queue
+import select
 import signal
 import socket
 import struct
@@ -19,6 +20,7 @@ import termios
 import threading
 import time
 import tty
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -51,6 +53,38 @@ class _OutputClosed(NamedTuple):
     """Whoever read our output is gone."""
 
 
+class _Inbox:
+    """What the main thread waits for. A pipe and not a queue: a signal that comes just before a queue's lock is waited
+    for would be seen only at the next event, and Python writes each signal into this pipe (`set_wakeup_fd`).
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[object] = deque()
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._wake_r, select.POLLIN)
+        self.wakeup_fd = self._wake_w
+
+    def put(self, event: object) -> None:
+        """Safe from threads and from signal handlers."""
+        self._events.append(event)
+        with contextlib.suppress(BlockingIOError):
+            # A full pipe wakes all the same.
+            os.write(self._wake_w, b"\0")
+
+    def get(self, timeout_s: float | None) -> object:
+        """Return the next event, or None when `timeout_s` has passed."""
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._events:
+            left_s = None if deadline_s is None else deadline_s - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                return None
+            if self._poll.poll(None if left_s is None else left_s * 1000 + 1):
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_r, 4096)
+        return self._events.popleft()
+
+
 def terminal_size(fd: int = 0) -> tuple[int, int]:
     """Return (rows, columns) of our terminal."""
     packed = fcntl.ioctl(fd, termios.TIOCGWINSZ, b"\0" * 8)
@@ -75,7 +109,7 @@ class Foreground:
 
     def __init__(self, process: GuestProcess) -> None:
         self._process = process
-        self._events: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._events = _Inbox()
         self._controls: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._outputs: list[threading.Thread] = []
         self._last_interrupt_s = float("-inf")
@@ -89,6 +123,9 @@ class Foreground:
         with contextlib.ExitStack() as stack:
             if self._process.tty is not None and os.isatty(0):
                 stack.enter_context(raw_terminal())
+            stack.callback(
+                signal.set_wakeup_fd, signal.set_wakeup_fd(self._events.wakeup_fd, warn_on_full_buffer=False)
+            )
             for signum in FORWARDED:
                 # What our caller has us ignore (nohup) stays ignored.
                 if signal.getsignal(signum) != signal.SIG_IGN:
@@ -163,10 +200,7 @@ class Foreground:
     def _next(self, *deadlines_s: float | None) -> object:
         """Return the next event, or None at the first deadline."""
         known = [deadline_s for deadline_s in deadlines_s if deadline_s is not None]
-        try:
-            return self._events.get(timeout=max(0.0, min(known) - time.monotonic()) if known else None)
-        except queue.Empty:
-            return None
+        return self._events.get(max(0.0, min(known) - time.monotonic()) if known else None)
 
     def _insists(self) -> bool:
         now_s = time.monotonic()

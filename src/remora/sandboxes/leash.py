@@ -7,8 +7,10 @@ that nothing of the sandbox is left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import time
 from typing import Any
 
 from remora.errors import DeadlineExceededError, RemoraError, UnavailableError, from_code
@@ -44,6 +46,25 @@ def receive(sock: socket.socket, timeout_s: float | None) -> dict[str, Any] | No
     except OSError:
         return None
     return json.loads(data) if data else None
+
+
+def hang_up(sock: socket.socket, sandbox: str, timeout_s: float = 20.0) -> None:
+    """Let go of the monitor, which ends the sandbox, and wait until nothing of it is left.
+
+    Raises:
+        DeadlineExceededError: something still is, after `timeout_s`.
+    """
+    with sock:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while receive(sock, max(0.001, deadline_s - time.monotonic())) is not None:
+                pass
+        except DeadlineExceededError as error:
+            raise DeadlineExceededError(
+                f"the microVM {sandbox} did not end within {timeout_s:g} s", fix=f"remora rm -f {sandbox}"
+            ) from error
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -24,13 +24,14 @@ from remora.reactor import READ, Reactor
 from remora.sandboxes import leash
 from remora.sandboxes.agent_link import AgentLink
 from remora.sandboxes.clearing import process_start
-from remora.sandboxes.guest import MAIN, Guest, connect_when_up, identity, open_stream, process
+from remora.sandboxes.guest import MAIN, Guest, connect_when_up, identity, process
 from remora.sandboxes.launch import Launch
-from remora.sandboxes.logfiles import CHUNK_BYTES, LogWriter
+from remora.sandboxes.output import OutputKeeper
 from remora.sandboxes.registry import MONITOR_SOCKET, Record, write_state
-from remora.vmm.channel import Bridge
+from remora.vmm.bridge import Bridge
 from remora.vmm.contract import Machine
 from remora.vmm.qemu import QemuDriver
+from remora.wire.guest_v1 import WaitResponse
 
 QMP_TIMEOUT_S = 30.0
 RESTORE_TIMEOUT_S = 30.0
@@ -57,8 +58,7 @@ class Monitor:
         self._guest: Guest | None = None
         self._listener: socket.socket | None = None
         self._clients: set[socket.socket] = set()
-        self._logs_open = 0
-        self._logs_done = threading.Event()
+        self._output: OutputKeeper | None = None
         self._released = False
         self._ending = threading.Event()
         self._reason_known = threading.Event()
@@ -109,8 +109,8 @@ class Monitor:
                 if self._ending.is_set():
                     # The maker left while there was no machine to kill.
                     raise
-        if launch.detached:
-            self._keep_logs()
+        if self._output is not None:
+            self._output.follow_process(self._process_ended, self._abort)
         self._update(state="running", stamps=self._stamps)
         message = {"event": "started", "stamps": self._stamps, "warning": self._warning}
         leash.send(self._leash, message)
@@ -129,8 +129,7 @@ class Monitor:
             self._stamp("restored")
             self._guest = Guest(launch.directory, timeout_s=timeout_s)
             self._stamp("guest_up")
-            if launch.detached:
-                self._open_logs()
+            self._keep_output()
             self._guest.resume(who)
             self._stamp("resumed")
             return
@@ -141,8 +140,18 @@ class Monitor:
         if launch.process is not None:
             self._guest.start(MAIN, process(launch.process))
             self._stamp("process_started")
-            if launch.detached:
-                self._open_logs()
+            self._keep_output()
+
+    def _keep_output(self) -> None:
+        launch = self._launch
+        if launch.detached:
+            terminal = launch.process is not None and launch.process.terminal
+            self._output = OutputKeeper(self._reactor, launch.directory, terminal=terminal)
+
+    def _process_ended(self, ended: WaitResponse) -> None:
+        error = {"error": "the guest ran out of memory"} if ended.oom_killed else {}
+        self._requests.put(lambda: self._update(exit_status=ended.exit_status, **error))
+        self._requests.put(self._ending.set)
 
     def _attach(self) -> None:
         spec = self._launch.attach
@@ -385,52 +394,3 @@ class Monitor:
                 self._requests.put(lambda: self._save(path))
             case other:
                 print(f"monitor: unknown request {other!r}", file=sys.stderr)
-
-    # -- output of a detached sandbox -------------------------------------------------------------------------------
-
-    def _open_logs(self) -> None:
-        terminal = self._launch.process is not None and self._launch.process.terminal
-        for stream, name in (("tty", "stdout"),) if terminal else (("stdout", "stdout"), ("stderr", "stderr")):
-            sock = open_stream(self._launch.directory, MAIN, stream)
-            sock.setblocking(False)
-            self._logs_open += 1
-            self._in_reactor(lambda sock=sock, name=name: self._follow(sock, name))  # type: ignore[misc]
-
-    def _follow(self, sock: socket.socket, name: str) -> None:
-        writer = LogWriter(self._launch.directory, name)
-
-        def ready(_events: int) -> None:
-            try:
-                data = sock.recv(CHUNK_BYTES)
-                if data:
-                    writer.write(data)
-                    return
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # The disk is full, or the guest is gone: the process is not made to wait for its log.
-                self._reactor.on_error(error)
-            self._reactor.unregister(sock.fileno())
-            sock.close()
-            writer.close()
-            self._logs_open -= 1
-            if not self._logs_open:
-                self._logs_done.set()
-
-        self._reactor.register(sock.fileno(), READ, ready)
-
-    def _keep_logs(self) -> None:
-        """Note how the process ends, and end the sandbox then."""
-
-        def wait() -> None:
-            try:
-                with Guest(self._launch.directory) as guest:
-                    ended = guest.wait(MAIN)
-                self._logs_done.wait(FAREWELL_S)
-                error = {"error": "the guest ran out of memory"} if ended.oom_killed else {}
-                self._requests.put(lambda: self._update(exit_status=ended.exit_status, **error))
-                self._requests.put(self._ending.set)
-            except RemoraError as error:
-                self._abort(error)
-
-        threading.Thread(target=wait, name="waiter", daemon=True).start()

@@ -11,7 +11,6 @@ program dies, the monitor takes it down. `Sandbox.open` looks at a sandbox that 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import time
@@ -23,7 +22,6 @@ from remora import paths
 from remora.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
-    InternalError,
     NotFoundError,
     RemoraError,
     UnavailableError,
@@ -35,14 +33,10 @@ from remora.sandboxes.options import DEFAULT_PATH, Options, attachment
 from remora.sandboxes.processes import GuestProcess
 from remora.sandboxes.registry import MONITOR_SOCKET, Record, Registry
 from remora.sandboxes.spawner import Launcher, shared
+from remora.sandboxes.starting import start
 from remora.wire import guest_v1
 
-#: After this long a caller may want to tell its user that something is going on.
-SLOW_S = 2.0
-#: Beyond the boot's own deadline and its retry: the monitor is stuck.
-STUCK_S = 30.0
 EXPLAIN_S = 3.0
-CLOSE_S = 20.0
 
 
 class Sandbox:
@@ -162,60 +156,12 @@ class Sandbox:
         launcher: Launcher | None = None,
         on_slow: Callable[[], None] | None = None,
     ) -> Sandbox:
-        """Create the directory, start the monitor with what `make` returns, and wait until the sandbox runs."""
-        registry = Registry(paths.runtime_dir())
-        fields = {
-            "name": options.name,
-            "labels": dict(options.labels),
-            "tenant": options.tenant,
-            "cpus": options.cpus,
-            "memory_mib": options.memory_mib,
-            "detached": options.detached,
-            "created_s": time.time(),
-            "control_socket": str(paths.control_socket()) if options.accelerator else "",
-            **fields,
-        }
-        ours, theirs = leash.pair()
-        with theirs:
-            record, lock_fd = registry.create(fields)
-            try:
-                launch = make(record)
-                (launcher or shared()).start(launch, record.fields, lock_fd=lock_fd, leash_fd=theirs.fileno())
-            except BaseException:
-                ours.close()
-                registry.remove(record.directory)
-                raise
-            finally:
-                os.close(lock_fd)
-        sandbox = cls(record, ours)
-        try:
-            sandbox._await_start(launch, on_slow)
-        except BaseException:
-            sandbox.close()
-            raise
+        """Start the sandbox that `make` describes once its directory exists (see starting.py)."""
+        started = start(options, make, fields, launcher=launcher or shared(), on_slow=on_slow)
+        sandbox = cls(started.record, started.leash)
+        sandbox.timings = started.timings
+        sandbox.warning = started.warning
         return sandbox
-
-    def _await_start(self, launch: Launch, on_slow: Callable[[], None] | None) -> None:
-        assert self._leash is not None
-        deadline_s = time.monotonic() + 3 * launch.boot_timeout_s + STUCK_S
-        message = None
-        try:
-            message = leash.receive(self._leash, SLOW_S)
-        except DeadlineExceededError:
-            if on_slow is not None:
-                on_slow()
-            message = leash.receive(self._leash, deadline_s - time.monotonic())
-        if message is None:
-            raise InternalError(
-                "the monitor of the microVM ended before the microVM ran", fix="try again with --debug and report this"
-            )
-        if message["event"] != "started":
-            error = leash.restore(message)
-            # A program that cannot be started has the statuses that a shell gives it.
-            error.exit_status = {5: 127, 7: 126}.get(error.code, error.exit_status)
-            raise error
-        self.timings = dict(message["stamps"])
-        self.warning = str(message.get("warning", ""))
 
     @classmethod
     def open(cls, name: str) -> Sandbox:
@@ -386,17 +332,7 @@ class Sandbox:
         if self._leash is None:
             return
         sock, self._leash = self._leash, None
-        with sock:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_WR)
-            deadline_s = time.monotonic() + CLOSE_S
-            try:
-                while leash.receive(sock, max(0.001, deadline_s - time.monotonic())) is not None:
-                    pass
-            except DeadlineExceededError as error:
-                raise DeadlineExceededError(
-                    f"the microVM {self.name} did not end within {CLOSE_S:g} s", fix=f"remora rm -f {self.id}"
-                ) from error
+        leash.hang_up(sock, self.id)
 
     def _let_go_of_guest(self) -> None:
         if self._process is not None:

@@ -16,8 +16,6 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,35 +25,28 @@ from remora import paths
 from remora.errors import (
     AlreadyExistsError,
     DataLossError,
-    DeadlineExceededError,
     FailedPreconditionError,
     NotFoundError,
     RemoraError,
     ResourceExhaustedError,
 )
-from remora.sandboxes.guest import MAIN
 from remora.sandboxes.launch import Launch
 from remora.sandboxes.options import Options, attachment
-from remora.sandboxes.processes import CHUNK_BYTES, GuestProcess
 from remora.sandboxes.registry import Record, check_name, remove_flat
-from remora.vmm.contract import Disk, VmSpec
-from remora.vmm.qemu import QemuDriver
+from remora.sandboxes.template_files import qemu_version, vm_from_json, vm_to_json, with_own_files
+from remora.vmm.contract import VmSpec
 from remora.vmm.tsc import host_tsc_khz
 
 if TYPE_CHECKING:
-    from remora.sandboxes.sandbox import Sandbox
     from remora.sandboxes.spawner import Launcher
 
 SPEC_FILE = "spec.json"
 FORMAT = 1
 READY_TIMEOUT_S = 120.0
 SAVE_TIMEOUT_S = 60.0
-#: How much of a function's output is kept to explain why it did not get ready.
-TAIL_BYTES = 2000
 #: Rates within 100 ppm are one rate: the measurement is good to 10 ppm.
 _TSC_TOLERANCE = 1e-4
 _ABANDONED_S = 60.0
-_READY_FIX = "call remora.ready() once the function has loaded what it needs"
 
 
 class Stored(NamedTuple):
@@ -137,7 +128,7 @@ class Templates:
                 raise FailedPreconditionError(
                     f"the template {name} was made by another version of Remora", fix=_remake(name, spec)
                 )
-            vm = _vm_from_json(spec["vm"], directory)
+            vm = vm_from_json(spec["vm"], directory)
             stored = Stored(
                 name, spec["sandbox"], vm, directory / "state", spec["accelerator"], spec["fields"], lock_fd
             )
@@ -183,6 +174,7 @@ class Templates:
             ResourceExhaustedError: the disk is full.
         """
         from remora.sandboxes.prepare import prepared
+        from remora.sandboxes.readiness import until_ready
         from remora.sandboxes.sandbox import Sandbox
 
         check_name(name)
@@ -194,7 +186,7 @@ class Templates:
             prepared(options, state_dir=self._state_dir, template=True, progress=progress) as ready,
         ):
             try:
-                vm = _with_own_files(ready.vm, draft)._replace(ram_file=draft / "ram")
+                vm = with_own_files(ready.vm, draft)._replace(ram_file=draft / "ram")
             except OSError as error:
                 raise ResourceExhaustedError(
                     f"the template does not fit: {error.strerror}", fix=f"free some space in {self.root}"
@@ -231,13 +223,13 @@ class Templates:
                 "memory_mib": options.memory_mib,
             }
             with Sandbox.start(options, make, {**fields, "template_of": name}, launcher=launcher) as sandbox:
-                _until_ready(sandbox, ready_timeout_s, on_output)
+                until_ready(sandbox, ready_timeout_s, on_output)
                 sandbox.guest.sync()
                 sandbox.save(draft / "state", SAVE_TIMEOUT_S)
             spec = {
                 "format": FORMAT,
                 "sandbox": sandbox_id,
-                "vm": _vm_to_json(vm._replace(ram_private=True, incoming=True)),
+                "vm": vm_to_json(vm._replace(ram_private=True, incoming=True)),
                 "qemu": qemu_version(self._state_dir),
                 "tsc_khz": host_tsc_khz(self._state_dir / "host") if vm.accelerator == "tcg" else 0,
                 "accelerator": options.accelerator,
@@ -348,114 +340,3 @@ def _taken(name: str) -> AlreadyExistsError:
 def _remake(name: str, spec: dict[str, Any]) -> str:
     image = spec.get("fields", {}).get("image", "IMAGE")
     return f"make it again: remora template remove {name} && remora template create {name} {image}"
-
-
-def qemu_version(state_dir: Path) -> str:
-    """Return the version of the installed QEMU; asked again when its file changes (asking costs 40 ms)."""
-    from remora.vmm.qemu import find_binary
-
-    binary = find_binary()
-    info = os.stat(binary)
-    stamp = f"{info.st_mtime_ns}-{info.st_size}-{info.st_ino}"
-    note = state_dir / "host" / "qemu-version.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads(note.read_text())
-        if kept["stamp"] == stamp:
-            return str(kept["version"])
-    version = QemuDriver(binary).version
-    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = note.with_name(f".{note.name}.{os.getpid()}")
-    draft.write_text(json.dumps({"stamp": stamp, "version": version}))
-    draft.replace(note)
-    return version
-
-
-def _with_own_files(vm: VmSpec, directory: Path) -> VmSpec:
-    """Give the template its own links to every file that the machine reads."""
-
-    def own(path: Path, name: str) -> Path:
-        target = directory / name
-        try:
-            if str(path).startswith("/proc/"):
-                raise OSError("a file without a name cannot be linked")
-            os.link(path, target)
-        except OSError:
-            # Another file system, or a packed directory that has no name.
-            import shutil
-
-            shutil.copyfile(path, target)
-        return target
-
-    return vm._replace(
-        kernel=own(vm.kernel, "kernel"),
-        initrd=own(vm.initrd, "initrd"),
-        disks=tuple(disk._replace(path=own(disk.path, f"d{n:02}")) for n, disk in enumerate(vm.disks)),
-    )
-
-
-def _vm_to_json(vm: VmSpec) -> dict[str, Any]:
-    """Return `vm` with the names of its files in the template's directory."""
-    assert vm.ram_file is not None
-    return {
-        **vm._asdict(),
-        "kernel": vm.kernel.name,
-        "initrd": vm.initrd.name,
-        "ram_file": vm.ram_file.name,
-        "disks": [[disk.serial, disk.path.name] for disk in vm.disks],
-    }
-
-
-def _vm_from_json(values: dict[str, Any], directory: Path) -> VmSpec:
-    vm = VmSpec(
-        **{
-            **values,
-            "kernel": directory / values["kernel"],
-            "initrd": directory / values["initrd"],
-            "ram_file": directory / values["ram_file"],
-            "disks": tuple(Disk(serial, directory / name) for serial, name in values["disks"]),
-        }
-    )
-    for path in (vm.kernel, vm.initrd, vm.ram_file, *(disk.path for disk in vm.disks)):
-        if path is None or not path.is_file():
-            raise FileNotFoundError(f"the file {path} is missing")
-    return vm
-
-
-def _until_ready(sandbox: Sandbox, timeout_s: float, on_output: Callable[[bytes], None] | None) -> None:
-    """Wait for `remora.ready()`, or explain with the function's own words why it does not come."""
-    tail = bytearray()
-
-    def follow(sock: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := sock.recv(CHUNK_BYTES):
-                tail.extend(data)
-                del tail[:-TAIL_BYTES]
-                if on_output is not None:
-                    on_output(data)
-
-    readers = []
-    # Not stdin: letting go of it would be the function's end of file, in every clone.
-    function = GuestProcess(sandbox.guest, sandbox.directory, MAIN, stdin=False)
-    for sock in (function.stdout, function.stderr):
-        assert sock is not None
-        readers.append(threading.Thread(target=follow, args=(sock,), daemon=True))
-        readers[-1].start()
-    try:
-        sandbox.guest.wait_ready(timeout_s)
-    except DeadlineExceededError as error:
-        what = f"the function did not call remora.ready() within {timeout_s:g} s"
-        raise FailedPreconditionError(_in_its_words(what, tail), fix=_READY_FIX) from error
-    except FailedPreconditionError as error:
-        # The function has ended: the rest of its output is on the way.
-        for reader in readers:
-            reader.join(1.0)
-        raise FailedPreconditionError(_in_its_words(error.message, tail), fix=error.fix or _READY_FIX) from error
-    finally:
-        function.close()
-        for reader in readers:
-            reader.join(1.0)
-
-
-def _in_its_words(what: str, tail: bytearray) -> str:
-    said = bytes(tail).decode("utf-8", "replace").strip().splitlines()[-5:]
-    return f"{what}; its last output: {' | '.join(said)}" if said else f"{what}; it wrote nothing"

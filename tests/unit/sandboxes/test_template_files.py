@@ -13,6 +13,7 @@ import pytest
 from remora.errors import DataLossError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
 from remora.sandboxes import templates
 from remora.sandboxes.options import Options
+from remora.sandboxes.template_files import vm_to_json
 from remora.sandboxes.templates import Templates
 from remora.vmm.contract import Disk, VmSpec
 
@@ -43,7 +44,7 @@ def write(store: Templates, name: str, **changes: Any) -> Path:
     spec = {
         "format": 1,
         "sandbox": "0123456789ab",
-        "vm": templates._vm_to_json(vm),
+        "vm": vm_to_json(vm),
         "qemu": "7.2.22",
         "tsc_khz": 2_596_128,
         "accelerator": True,
@@ -100,7 +101,7 @@ def test_a_template_that_cannot_fit_is_refused_before_anything_boots(
 ) -> None:
     full = os.statvfs("/")
     monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((*full[:4], 0, *full[5:10])))
-    with pytest.raises(ResourceExhaustedError, match="needs as much disk, and .* has 0 MiB left"):
+    with pytest.raises(ResourceExhaustedError, match=r"needs as much disk, and .* has 0 MiB left"):
         store.create("t", Options(image="f"))
 
 

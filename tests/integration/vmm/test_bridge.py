@@ -15,7 +15,8 @@ import pytest
 
 from remora.errors import ProtocolError, RemoraError, UnavailableError
 from remora.reactor import Reactor
-from remora.vmm.channel import Bridge, connect, guest_socket
+from remora.vmm.bridge import Bridge
+from remora.vmm.channel import connect, guest_socket
 from remora.wire import mux
 
 PORT = 77
