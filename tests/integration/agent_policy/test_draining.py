@@ -64,7 +64,9 @@ def test_a_draining_agent_finishes_what_runs_and_refuses_what_is_new(tmp_path: P
         status = agent.stop()
     assert status == 0, agent.log
     assert len(answered) + len(refused) == 60, agent.log
-    assert all("draining" in str(error) for error in refused)
+    # What was sent while it drained is refused in words; what came after it had ended found nobody. A client of the SDK
+    # sends both again to the next agent.
+    assert all("draining" in str(error) or "connection" in str(error) for error in refused), refused
     assert drained == ([0] if how == "command" else [])
 
 

@@ -43,9 +43,9 @@ def fake_qemu(tmp_path: Path, script: str) -> str:
 @pytest.mark.parametrize(
     ("script", "works"),
     [
-        ("echo 'Kernel panic - not syncing: VFS: Unable to mount root fs'; sleep 60", True),
+        ("echo 'Kernel panic - not syncing: VFS: Unable to mount root fs'; exec sleep 60", True),
         ("echo 'qemu: failed to set MSR 0x10a'; exit 134", False),
-        ("echo 'booting'; sleep 60", False),
+        ("echo 'booting'; exec sleep 60", False),
     ],
 )
 def test_kvm_works_if_a_kernel_comes_up(tmp_path: Path, script: str, works: bool) -> None:
