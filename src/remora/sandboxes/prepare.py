@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 from remora.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from remora.guest.kernel import OS_DISK_SERIAL, kernel_arguments
+from remora.images.flatten import flatten
 from remora.images.store import ImageStore
 from remora.sandboxes.launch import MountSpec, ProcessSpec
 from remora.sandboxes.options import DEFAULT_PATH, Options, guest_mount
 from remora.vmm.contract import Disk, VmSpec
 from remora.vmm.probe import accelerator
-from remora.vmm.qemu import check, find_binary
+from remora.vmm.qemu import MAX_DISKS, check, find_binary
 from remora.vmm.tsc import host_tsc_khz
 
 Progress = Callable[[str, float], None]
@@ -97,7 +98,8 @@ def prepared(
     """
     find_binary()
     store = ImageStore(state_dir / "images")
-    image = store.get(options.image)
+    mounted = sum(mount.type in ("image", "bind") for mount in options.mounts)
+    image = flatten(store, store.get(options.image), max(1, MAX_DISKS - mounted - 1))
     with contextlib.ExitStack() as stack:
         stack.enter_context(store.hold(image))
         files = guest_files(state_dir, progress)
