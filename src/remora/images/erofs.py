@@ -4,7 +4,7 @@ mkfs.erofs wants a tree on disk, so the owner, modes and attributes of a layer n
 file is written twice; Debian 12's (1.5) cannot read a tar. Here file data goes straight from the archive to its final
 place, the metadata follows at the end, and equal input gives equal bytes on every machine. Uncompressed because the
 page cache of the host is shared by all microVMs, while decompression would be paid in each of them, under emulation
-dearly (docs/decisions/0007-own-erofs-writer.md has the figures).
+dearly (docs/decisions/0005-own-erofs-writer.md has the figures).
 
 On-disk format: Linux, fs/erofs/erofs_fs.h (extended inodes, flat and inline data, inline xattrs).
 
