@@ -14,6 +14,7 @@ zstd                 zstd
 lz4                  lz4
 python3              python3
 dpkg                 dpkg
+mount                mount
 "
 
 missing=()
