@@ -61,7 +61,9 @@ def test_the_kernel_reads_what_was_written(tmp_path: Path) -> None:
     layer = _many(tmp_path)
     ours = describe(layer)
     with _mounted(layer, tmp_path / "mnt") as root:
-        seen = {"/"} | {f"/{path.relative_to(root)}" for path in root.rglob("*")}
+        # Not Path.rglob: until Python 3.11.4 it follows links, and fails where a target is too long to be a name.
+        found = [Path(folder) / name for folder, folders, files in os.walk(root) for name in (*folders, *files)]
+        seen = {"/"} | {f"/{path.relative_to(root)}" for path in found}
         assert seen == set(ours)
         for name, (kind, uid, gid, mtime, content, xattrs) in ours.items():
             path = root / name.lstrip("/")
