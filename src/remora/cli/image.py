@@ -148,11 +148,11 @@ def _remove(args: argparse.Namespace) -> None:
 def _guest(args: argparse.Namespace) -> None:
     from remora import paths
     from remora.cli._progress import Reporter
-    from remora.images.guest_os import build_guest_image
+    from remora.sandboxes.prepare import renew_guest_files
 
     with Reporter() as reporter:
-        image = build_guest_image(paths.state_dir(), force=args.force, progress=reporter.fraction)
-    print(image.disk.parent)
+        files = renew_guest_files(paths.state_dir(), reporter.fraction, force=args.force)
+    print(files.disk.parent)
 
 
 def _tell(image: Image) -> None:

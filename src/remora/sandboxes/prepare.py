@@ -57,21 +57,30 @@ def guest_files(state_dir: Path, progress: Progress | None = None) -> GuestFiles
     To know whether it has, the builder must ask the package manager (a second). So the answer is kept for as long as
     Remora's own sources are the same; `remora image guest` asks again.
     """
-    note = state_dir / "guest" / "current.json"
-    fingerprint = _fingerprint()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(note.read_text())
+        kept = json.loads(_note(state_dir).read_text())
         files = GuestFiles(*(Path(kept[name]) for name in GuestFiles._fields))
-        if kept["fingerprint"] == fingerprint and all(file.is_file() for file in files):
+        if kept["fingerprint"] == _fingerprint() and all(file.is_file() for file in files):
             return files
+    return renew_guest_files(state_dir, progress)
+
+
+def renew_guest_files(state_dir: Path, progress: Progress | None = None, *, force: bool = False) -> GuestFiles:
+    """Build the guest OS image if sources or packages have changed (or if `force`); the next microVM boots it."""
     from remora.images.guest_os import build_guest_image
 
-    image = build_guest_image(state_dir, progress=progress)
+    fingerprint = _fingerprint()
+    image = build_guest_image(state_dir, force=force, progress=progress)
     files = GuestFiles(image.kernel, image.initrd, image.disk)
+    note = _note(state_dir)
     draft = note.with_name(f".current.{os.getpid()}")
     draft.write_text(json.dumps({"fingerprint": fingerprint, **{k: str(v) for k, v in files._asdict().items()}}))
     draft.replace(note)
     return files
+
+
+def _note(state_dir: Path) -> Path:
+    return state_dir / "guest" / "current.json"
 
 
 def _fingerprint() -> str:
