@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 #: struct codes by which an untyped buffer (array.array, memoryview) tells its element type, by size.
 _DTYPE_OF_FORMAT: Dict[str, str] = {"?": "bool", "e": "float16", "f": "float32", "d": "float64"}
 _SIGNED, _UNSIGNED = "bhilqn", "BHILQN"
-_FORMAT_OF_DTYPE: Dict[str, str] = {
+#: numpy type name -> struct code.
+FORMAT_OF_DTYPE: Dict[str, str] = {
     "bool": "?",
     "uint8": "B",
     "uint16": "H",
@@ -88,7 +89,7 @@ class Tensor:
         import struct
 
         count = self.data.nbytes // v1.DTYPES[self.dtype]
-        numbers: List[Any] = list(struct.unpack(f"<{count}{_FORMAT_OF_DTYPE[self.dtype]}", self.data))
+        numbers: List[Any] = list(struct.unpack(f"<{count}{FORMAT_OF_DTYPE[self.dtype]}", self.data))
         for axis in range(len(self.shape) - 1, 0, -1):
             size = self.shape[axis]
             numbers = [numbers[i * size : (i + 1) * size] for i in range(_product(self.shape[:axis]))]

@@ -10,6 +10,7 @@ import sys
 from array import array
 from importlib import import_module
 
+from remora.client.tensors import FORMAT_OF_DTYPE
 from remora.vaccel.errors import NullPointerError
 from remora.vaccel.values import flat
 
@@ -18,22 +19,6 @@ if TYPE_CHECKING:
     from typing import Any, ClassVar, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar
 
     T = TypeVar("T", bound="Tensor")
-
-#: numpy's dtype name -> struct code.
-_CODES = {
-    "bool": "?",
-    "uint8": "B",
-    "uint16": "H",
-    "uint32": "I",
-    "uint64": "Q",
-    "int8": "b",
-    "int16": "h",
-    "int32": "i",
-    "int64": "q",
-    "float16": "e",
-    "float32": "f",
-    "float64": "d",
-}
 
 
 class Tensor:
@@ -55,7 +40,7 @@ class Tensor:
     __slots__ = ("_dims", "_type", "_view")
 
     def __init__(self, dims: Sequence[int], data_type: int, data: Any) -> None:
-        code = _CODES[self._dtype(data_type)]
+        code = FORMAT_OF_DTYPE[self._dtype(data_type)]
         if isinstance(data, (list, tuple)):
             if code == "e" or code == "?":
                 data = struct.pack(f"<{len(data)}{code}", *data)
@@ -64,7 +49,7 @@ class Tensor:
         self._set(dims, data_type, flat(data))
 
     def _set(self, dims: Sequence[int], data_type: int, view: memoryview) -> None:
-        expected = struct.calcsize(_CODES[self._dtype(data_type)])
+        expected = struct.calcsize(FORMAT_OF_DTYPE[self._dtype(data_type)])
         for size in dims:
             expected *= size
         if expected != len(view):
@@ -139,7 +124,7 @@ class Tensor:
     @property
     def data(self) -> List[Any]:
         """The numbers as a flat list: slow for large tensors, `as_numpy` and `as_memoryview` are not."""
-        view, code = self._filled(), _CODES[self._dtype(self._type)]
+        view, code = self._filled(), FORMAT_OF_DTYPE[self._dtype(self._type)]
         if code == "e" or sys.byteorder != "little":
             return list(struct.unpack(f"<{len(view) // struct.calcsize(code)}{code}", view))
         typed: Any = view.cast(code)  # type: ignore[call-overload]  # a code that is not a literal

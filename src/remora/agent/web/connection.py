@@ -15,6 +15,7 @@ from remora.agent.web.exchange import Link, Piece, Speaker
 from remora.agent.web.http2_frames import PREFACE
 from remora.errors import ProtocolError, RemoraError, UnavailableError
 from remora.reactor import READ, WRITE, Reactor, Timer, is_hangup
+from remora.wire.ttrpc.reactor import unsent
 
 #: Reads of one connection before others get their turn.
 _READS_PER_TURN = 16
@@ -91,7 +92,7 @@ class WebConnection:
     def transmit(self, pieces: Sequence[Piece], on_sent: Callable[[], None] | None = None) -> None:
         left = list(pieces)
         if not self.closed and not self._out:
-            left = _after(left, self._send(left))
+            left = unsent(left, self._send(left))
         if self.closed or not left:
             if on_sent is not None:
                 on_sent()
@@ -235,7 +236,7 @@ class WebConnection:
                 break
             progress = True
             self._out_bytes -= sent
-            left = _after(pieces, sent)
+            left = unsent(pieces, sent)
             if left:
                 self._out[0] = (left, on_sent)
                 continue
@@ -276,12 +277,3 @@ class WebConnection:
 
     def _send_timed_out(self) -> None:
         self.close(UnavailableError(f"the client has not read its answers for {self._send_timeout_s:g} s"))
-
-
-def _after(pieces: list[Piece], sent: int) -> list[Piece]:
-    """Return what is left of `pieces` when `sent` bytes of them are gone."""
-    for index, piece in enumerate(pieces):
-        if sent < len(piece):
-            return [memoryview(piece)[sent:], *pieces[index + 1 :]] if sent else pieces[index:]
-        sent -= len(piece)
-    return []

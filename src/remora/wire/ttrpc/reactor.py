@@ -165,7 +165,7 @@ class ServerConnection:
                 if on_sent is not None:
                     on_sent()
                 return
-            pieces = _after(pieces, sent)
+            pieces = unsent(pieces, sent)
             if not pieces:
                 if on_sent is not None:
                     on_sent()
@@ -270,7 +270,7 @@ class ServerConnection:
                 break
             progress = True
             self._out_bytes -= sent
-            pieces = _after(pieces, sent)
+            pieces = unsent(pieces, sent)
             if pieces:
                 self._out[0] = (pieces, on_sent)
                 continue
@@ -323,7 +323,7 @@ class ServerConnection:
             self._watch_deadline(next_s)
 
 
-def _after(pieces: List[Piece], sent: int) -> List[Piece]:
+def unsent(pieces: List[Piece], sent: int) -> List[Piece]:
     """Return what is left of `pieces` when `sent` bytes of them are gone."""
     for index, piece in enumerate(pieces):
         if sent < len(piece):
