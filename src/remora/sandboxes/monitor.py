@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from remora.errors import FailedPreconditionError, RemoraError, ResourceExhaustedError, UnavailableError
@@ -121,11 +122,7 @@ class Monitor:
         self._machine.connect(QMP_TIMEOUT_S)
         who = identity(launch.id, launch.hostname)
         if launch.state_file is not None:
-            state_fd = os.open(launch.state_file, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                self._machine.restore(state_fd, RESTORE_TIMEOUT_S)
-            finally:
-                os.close(state_fd)
+            self._machine.restore(launch.state_file, RESTORE_TIMEOUT_S)
             self._stamp("restored")
             self._guest = Guest(launch.directory, timeout_s=timeout_s)
             self._stamp("guest_up")
@@ -229,12 +226,7 @@ class Monitor:
             self._guest.close()
             self._guest = None
         try:
-            state_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                self._machine.save(state_fd, QMP_TIMEOUT_S)
-                os.fsync(state_fd)
-            finally:
-                os.close(state_fd)
+            self._machine.save(Path(path), QMP_TIMEOUT_S)
         except (OSError, RemoraError) as error:
             self._report_failure(error)
             self._ending.set()
@@ -248,7 +240,12 @@ class Monitor:
     def _start_machine(self) -> None:
         channel, guest_end = socket.socketpair()
         try:
-            machine = QemuDriver().start(self._launch.vm, channel_fd=guest_end.fileno(), keep_fds=self._launch.keep_fds)
+            machine = QemuDriver().start(
+                self._launch.vm,
+                directory=self._launch.directory,
+                channel_fd=guest_end.fileno(),
+                keep_fds=self._launch.keep_fds,
+            )
         except BaseException:
             channel.close()
             raise

@@ -15,6 +15,11 @@ from typing import Literal, NamedTuple, Protocol
 Accelerator = Literal["kvm", "tcg"]
 
 
+#: `stream`: the monitor carries bytes between guest and a socket, and the host speaks the mux on it (vmm/bridge.py);
+#: `vsock`: the guest has a vsock device and the monitor itself serves hybrid sockets (vmm/channel.py).
+ChannelKind = Literal["stream", "vsock"]
+
+
 class Capabilities(NamedTuple):
     """What a driver can do. `emulation`: it also runs without KVM."""
 
@@ -23,6 +28,7 @@ class Capabilities(NamedTuple):
     live_migration: bool
     hot_plug: bool
     emulation: bool
+    channel: ChannelKind
 
 
 class Disk(NamedTuple):
@@ -83,11 +89,12 @@ class Machine(Protocol):
     def connect(self, timeout_s: float) -> None:
         """Wait until the process takes commands."""
 
-    def restore(self, state_fd: int, timeout_s: float) -> None:
-        """Load a saved state into a machine made with `incoming`, and let it run."""
+    def restore(self, state: Path, timeout_s: float) -> None:
+        """Load what `save` wrote into a machine made with `incoming`, and let it run."""
 
-    def save(self, state_fd: int, timeout_s: float) -> None:
-        """Stop the guest and write its state, without the memory that lies in `ram_file`."""
+    def save(self, state: Path, timeout_s: float) -> None:
+        """Stop the guest and write its state to `state`, which must not exist: a file, or a directory for a monitor
+        that writes several. Without the memory, where that lies in `ram_file`."""
 
     def kill(self) -> None:
         """End the process at once; harmless if it has ended."""
@@ -112,8 +119,13 @@ class Driver(Protocol):
     def version(self) -> str:
         """Version of the monitor: a saved state is loaded by the same version only."""
 
-    def start(self, spec: VmSpec, *, channel_fd: int, keep_fds: tuple[int, ...] = ()) -> Machine:
-        """Start a machine whose channel is the connected stream socket `channel_fd`; does not wait for it.
+    def start(
+        self, spec: VmSpec, *, directory: Path, channel_fd: int | None = None, keep_fds: tuple[int, ...] = ()
+    ) -> Machine:
+        """Start a machine; does not wait for it.
+
+        Its channel is the connected stream socket `channel_fd`, or what the monitor serves in `directory`, as
+        `capabilities.channel` says. `directory` is the sandbox's own and holds what the monitor needs beside it.
 
         The process dies with the calling thread, whatever kills that. It inherits `keep_fds` under their numbers
         (disks whose path is `/proc/self/fd/N`).

@@ -1,4 +1,4 @@
-"""Starts a program that cannot outlive the thread that started it.
+"""Starts a program that cannot outlive the thread that started it, and looks after a monitor that was started so.
 
 `subprocess` would do, but costs 12 ms of import, and its `preexec_fn` allocates between fork and exec all the same.
 Here the child does five system calls and execs.
@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
+import socket
+from collections import deque
 from collections.abc import Iterable, Sequence
 
+from remora.vmm.contract import Ended
+
 _PR_SET_PDEATHSIG = 1
+#: How much of what a monitor and its guest's console write is kept for error messages.
+CONSOLE_BYTES = 16384
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -60,3 +67,80 @@ def spawn(arguments: Sequence[str], *, keep_fds: Iterable[int] = (), output_fd: 
         os.write(2, f"cannot run {arguments[0]}: {error}\n".encode())
     finally:
         os._exit(127)
+
+
+class MonitorProcess:
+    """A virtual machine monitor's process and its console: what every driver's machine has in common.
+
+    `kill` and `reap` may come from another thread than the rest.
+    """
+
+    def __init__(self, pid: int, console: socket.socket) -> None:
+        self._pid = pid
+        self._console = console
+        self._console.setblocking(False)
+        self._console_tail: deque[bytes] = deque()
+        self._console_bytes = 0
+        self._ended: Ended | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    @property
+    def console(self) -> socket.socket:
+        return self._console
+
+    def read_console(self) -> bool:
+        try:
+            data = self._console.recv(4096)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._console_tail.append(data)
+        self._console_bytes += len(data)
+        while self._console_bytes - len(self._console_tail[0]) >= CONSOLE_BYTES:
+            self._console_bytes -= len(self._console_tail.popleft())
+        return bool(data)
+
+    def console_text(self) -> str:
+        text = b"".join(self._console_tail).decode("utf-8", "replace")
+        # SeaBIOS clears the screen by escape sequences; nobody wants them in an error message.
+        return re.sub(r"\x1b(\[[0-9;=?]*[a-zA-Z]|c)", "", text).replace("\r", "")
+
+    def kill(self) -> None:
+        if self._ended is None:
+            try:
+                os.kill(self._pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended by itself and has been reaped by the other thread
+
+    def reap(self) -> Ended | None:
+        if self._ended is None:
+            self._wait(os.WNOHANG)
+        return self._ended
+
+    def close(self) -> None:
+        self.kill()
+        if self._ended is None:
+            self._wait(0)
+        self._console.close()
+
+    def _wait(self, options: int) -> None:
+        try:
+            pid, status = os.waitpid(self._pid, options)
+        except ChildProcessError:
+            pid, status = self._pid, 0
+        if pid:
+            while self._console.fileno() >= 0 and self.read_console() and self._console_ready():
+                pass
+            killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            exit_status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
+            self._ended = Ended(exit_status, killed_by, self.console_text())
+
+    def _console_ready(self) -> bool:
+        try:
+            return bool(self._console.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import time
-from collections import deque
+from pathlib import Path
 
 from remora.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from remora.guest.kernel import CHANNEL_PORT_NAME, MAX_SERIAL_BYTES
-from remora.vmm.contract import Capabilities, Ended, Machine, VmSpec
-from remora.vmm.process import spawn
+from remora.vmm.contract import Capabilities, Machine, VmSpec
+from remora.vmm.process import MonitorProcess, spawn
 from remora.vmm.qmp import QmpClient
 
 BINARY = "qemu-system-x86_64"
@@ -28,8 +27,9 @@ MAX_DISKS = 20
 MIN_MEMORY_MIB = 80
 #: MiB that translated code may take: without it one emulated guest grows by several hundred MiB.
 TRANSLATION_CACHE_MIB = 64
-CONSOLE_BYTES = 16384
-_CAPABILITIES = Capabilities(snapshot=True, clone=True, live_migration=True, hot_plug=False, emulation=True)
+_CAPABILITIES = Capabilities(
+    snapshot=True, clone=True, live_migration=True, hot_plug=False, emulation=True, channel="stream"
+)
 _IGNORE_SHARED = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 
 
@@ -124,32 +124,23 @@ def find_binary() -> str:
     )
 
 
-class QemuMachine:
+class QemuMachine(MonitorProcess):
     """One QEMU process. Not thread-safe, except that `kill` and `reap` may come from another thread."""
 
     def __init__(self, pid: int, qmp: socket.socket, console: socket.socket) -> None:
-        self._pid = pid
+        super().__init__(pid, console)
         self._qmp = QmpClient(qmp)
-        self._console = console
-        self._console.setblocking(False)
-        self._console_tail: deque[bytes] = deque()
-        self._console_bytes = 0
-        self._ended: Ended | None = None
-
-    @property
-    def pid(self) -> int:
-        return self._pid
-
-    @property
-    def console(self) -> socket.socket:
-        return self._console
 
     def connect(self, timeout_s: float) -> None:
         self._qmp.handshake(timeout_s)
 
-    def restore(self, state_fd: int, timeout_s: float) -> None:
-        self._qmp.command("migrate-set-capabilities", _IGNORE_SHARED)
-        self._qmp.command("getfd", {"fdname": "state"}, fds=[state_fd])
+    def restore(self, state: Path, timeout_s: float) -> None:
+        state_fd = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._qmp.command("migrate-set-capabilities", _IGNORE_SHARED)
+            self._qmp.command("getfd", {"fdname": "state"}, fds=[state_fd])
+        finally:
+            os.close(state_fd)
         self._qmp.command("migrate-incoming", {"uri": "fd:state"})
         deadline_s = time.monotonic() + timeout_s
         # The state of a machine whose memory lies in a file is 50 KB: it is read in a few milliseconds.
@@ -159,7 +150,15 @@ class QemuMachine:
             raise FailedPreconditionError(f"QEMU could not load the saved state: it is now '{status}'")
         self._qmp.command("cont")
 
-    def save(self, state_fd: int, timeout_s: float) -> None:
+    def save(self, state: Path, timeout_s: float) -> None:
+        state_fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            self._save(state_fd, timeout_s)
+            os.fsync(state_fd)
+        finally:
+            os.close(state_fd)
+
+    def _save(self, state_fd: int, timeout_s: float) -> None:
         self._qmp.command("stop")
         self._qmp.command("migrate-set-capabilities", _IGNORE_SHARED)
         self._qmp.command("migrate-set-parameters", {"max-bandwidth": 1 << 34})
@@ -180,60 +179,9 @@ class QemuMachine:
             raise DeadlineExceededError(f"QEMU did not {what} within {timeout_s:g} s")
         time.sleep(0.001)
 
-    def read_console(self) -> bool:
-        try:
-            data = self._console.recv(4096)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        self._console_tail.append(data)
-        self._console_bytes += len(data)
-        while self._console_bytes - len(self._console_tail[0]) >= CONSOLE_BYTES:
-            self._console_bytes -= len(self._console_tail.popleft())
-        return bool(data)
-
-    def console_text(self) -> str:
-        text = b"".join(self._console_tail).decode("utf-8", "replace")
-        # SeaBIOS clears the screen by escape sequences; nobody wants them in an error message.
-        return re.sub(r"\x1b(\[[0-9;=?]*[a-zA-Z]|c)", "", text).replace("\r", "")
-
-    def kill(self) -> None:
-        if self._ended is None:
-            try:
-                os.kill(self._pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it ended by itself and has been reaped by the other thread
-
-    def reap(self) -> Ended | None:
-        if self._ended is None:
-            self._wait(os.WNOHANG)
-        return self._ended
-
     def close(self) -> None:
-        self.kill()
-        if self._ended is None:
-            self._wait(0)
+        super().close()
         self._qmp.close()
-        self._console.close()
-
-    def _wait(self, options: int) -> None:
-        try:
-            pid, status = os.waitpid(self._pid, options)
-        except ChildProcessError:
-            pid, status = self._pid, 0
-        if pid:
-            while self._console.fileno() >= 0 and self.read_console() and self._console_ready():
-                pass
-            killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            exit_status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
-            self._ended = Ended(exit_status, killed_by, self.console_text())
-
-    def _console_ready(self) -> bool:
-        try:
-            return bool(self._console.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
 
 
 class QemuDriver:
@@ -256,7 +204,11 @@ class QemuDriver:
             self._version = match[1]
         return self._version
 
-    def start(self, spec: VmSpec, *, channel_fd: int, keep_fds: tuple[int, ...] = ()) -> QemuMachine:
+    def start(
+        self, spec: VmSpec, *, directory: Path, channel_fd: int | None = None, keep_fds: tuple[int, ...] = ()
+    ) -> QemuMachine:
+        if channel_fd is None:
+            raise InvalidArgumentError("QEMU needs the host's end of the guest's channel")
         qmp, qmp_child = socket.socketpair()
         console, console_child = socket.socketpair()
         with qmp_child, console_child:
