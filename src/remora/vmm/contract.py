@@ -31,11 +31,32 @@ class Capabilities(NamedTuple):
     channel: ChannelKind
 
 
+class Rate(NamedTuple):
+    """What a device may do in a second; 0: as much as it can. A burst of one second's worth is allowed."""
+
+    bytes_per_s: int = 0
+    operations_per_s: int = 0
+
+
 class Disk(NamedTuple):
-    """A read-only block device; the guest finds it by its serial (at most 20 bytes, as virtio-blk carries it)."""
+    """A block device; the guest finds it by its serial (at most 20 bytes, as virtio-blk carries it)."""
 
     serial: str
     path: Path
+    readonly: bool = True
+    rate: Rate = Rate()
+
+
+class Network(NamedTuple):
+    """A network device on a tap that exists in the network namespace in which the monitor runs."""
+
+    tap: str
+    #: As `02:00:00:00:00:01`.
+    mac: str
+    mtu: int = 1500
+    #: What the guest may receive and send.
+    receive: Rate = Rate()
+    send: Rate = Rate()
 
 
 class VmSpec(NamedTuple):
@@ -53,12 +74,15 @@ class VmSpec(NamedTuple):
     accelerator: Accelerator
     #: In the order in which the guest sees them.
     disks: tuple[Disk, ...] = ()
+    networks: tuple[Network, ...] = ()
     #: File that holds the guest's memory (templates and clones); None: anonymous memory.
     ram_file: Path | None = None
     #: True: writes stay private to this machine (a clone); False: they go to `ram_file` (a template).
     ram_private: bool = False
     #: True: start without running and wait for a saved state.
     incoming: bool = False
+    #: True: the guest gives memory that it has freed back to the host. Not for clones (their memory is a private file).
+    reclaim: bool = False
 
 
 class Ended(NamedTuple):

@@ -50,7 +50,13 @@ def check(spec: VmSpec) -> None:
             f"the image and its mounts need {len(spec.disks)} disks and a microVM takes {MAX_DISKS}",
             fix="build the image with fewer layers",
         )
+    if spec.networks:
+        raise InvalidArgumentError("QEMU's microVMs get no network device yet", fix="leave the network out")
     for disk in spec.disks:
+        if not disk.readonly:
+            raise InvalidArgumentError(
+                f"the disk {disk.serial} is writable", fix="QEMU's microVMs take read-only disks"
+            )
         if len(disk.serial) > MAX_SERIAL_BYTES:
             raise InvalidArgumentError(f"the disk serial '{disk.serial}' has more than {MAX_SERIAL_BYTES} characters")
 
