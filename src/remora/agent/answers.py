@@ -19,7 +19,7 @@ Key = tuple[str, int]
 #: What two requests under one key must have in common: operation, model, bytes of input.
 Fingerprint = tuple[str, str, int]
 #: What an answer costs beyond its tensors.
-_OVERHEAD_BYTES = 512
+OVERHEAD_BYTES = 512
 
 
 class Answer:
@@ -30,7 +30,7 @@ class Answer:
     def __init__(self, result: Result, queue_us: int) -> None:
         self.result = result
         self.queue_us = queue_us
-        self.size_bytes = sum(len(tensor.data) for tensor in result.outputs) + _OVERHEAD_BYTES
+        self.size_bytes = sum(len(tensor.data) for tensor in result.outputs) + OVERHEAD_BYTES
         self._users = 1
 
     def take(self) -> Answer:

@@ -13,6 +13,7 @@ from pathlib import Path
 from remora.agent.answers import Answers
 from remora.agent.disk import DiskPool
 from remora.agent.execution import Execution
+from remora.agent.exposition import Exposition
 from remora.agent.files import ResourceFiles
 from remora.agent.identity import Identity
 from remora.agent.journal import Journal
@@ -70,6 +71,7 @@ class Core:
         self.workers = workers
         self.log = log
         self.metrics = Metrics()
+        self.exposition = Exposition(self.metrics)
         self.journal = Journal(state / "journal.sqlite", reactor.post, self._journal_failed)
         self.disk = DiskPool(reactor.post, self._disk_failed)
         self.files = ResourceFiles(state)
@@ -94,7 +96,7 @@ class Core:
             self.quotas,
         )
         self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
-        self.peers.on_join = lambda identity: self.quotas.note(identity.key, identity.labels)
+        self.peers.on_join = self._joined
         #: Doors that keep something of their own for a session add themselves.
         self.on_session_end: list[Callable[[Session], None]] = []
         self.on_tenant_gone: list[Callable[[str], None]] = []
@@ -128,6 +130,10 @@ class Core:
             peer.sessions.add(session)
             self.sessions.connected(session)
 
+    def _joined(self, identity: Identity) -> None:
+        self.quotas.note(identity.key, identity.labels)
+        self.metrics.came(identity.tenant)
+
     def _left(self, peer: Peer) -> None:
         for run in list(peer.runs or ()):
             self.execution.cancel(run)
@@ -158,6 +164,7 @@ class Core:
 
     def release_tenant(self, tenant: str) -> None:
         """Give back the processes and the memory of a tenant who is not here."""
+        self.metrics.left(tenant)
         self.answers.forget_tenant(tenant)
         self.models.forget_domain(tenant)
         self.scheduler.forget(tenant)
@@ -189,10 +196,15 @@ class Core:
     def _disk_failed(self, error: BaseException) -> None:
         self.log.error("a file could not be removed", error=str(error))
 
-    # -- reporting --------------------------------------------------------------------------------------------------
+    def ready(self) -> tuple[bool, str]:
+        """Return whether a new request would be served, and if not, why."""
+        if self.execution.closed is not None:
+            return False, "draining"
+        if self.policy.workers.standby and not any(worker.memory_bytes for worker in self.workers.workers()):
+            return False, "no worker runs"  # a process that has died has no memory
+        return True, "ready"
 
-    def answered(self, door: str, method: str, tenant: str) -> None:
-        self.metrics.answered(door, method, tenant, "OK")
+    # -- reporting --------------------------------------------------------------------------------------------------
 
     def refused(self, door: str, method: str, peer: Peer, error: RemoraError, *, model: str = "") -> None:
         """Count and log a request that was refused or failed."""

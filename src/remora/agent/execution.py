@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from remora.agent.answers import Answer, Answers, Flight, Waiter
+from remora.agent.answers import OVERHEAD_BYTES, Answer, Answers, Flight, Waiter
 from remora.agent.metrics import Metrics
 from remora.agent.models import Models
 from remora.agent.operations import COMPUTE, Operation
@@ -17,6 +17,7 @@ from remora.agent.quotas import Quotas
 from remora.agent.rules import Rules
 from remora.agent.scheduler import Scheduler, Ticket
 from remora.agent.sessions import Session, Sessions
+from remora.agent.timings import Timings
 from remora.errors import CancelledError, RemoraError
 from remora.workers.contract import Job, JobHandle, ModelSpec, Result, Workers
 
@@ -25,15 +26,15 @@ class Run:
     """One operation on its way."""
 
     __slots__ = (
-        "begun_s",
         "cancelled",
+        "device",
         "flight",
         "handle",
         "operation",
         "release",
         "session",
-        "started_s",
         "ticket",
+        "timings",
         "waiter",
     )
 
@@ -46,7 +47,9 @@ class Run:
         self.flight: Flight | None = None
         self.ticket: Ticket | None = None
         self.handle: JobHandle | None = None
-        self.started_s = self.begun_s = time.monotonic()
+        self.timings = Timings(time.monotonic())
+        #: Where its model runs, once that is known.
+        self.device = ""
         self.cancelled = False
 
 
@@ -163,6 +166,7 @@ class Execution:
         terms = self._quotas.terms(run.session.owner, run.session.tenant)
         device = "cpu" if run.operation.name == COMPUTE else self._models.device(domain, run.operation.model)
         terms.check("devices", device)
+        run.device = device
         run.ticket = Ticket(
             run.session.tenant,
             (domain, run.operation.model),
@@ -175,8 +179,7 @@ class Execution:
 
     def _start(self, run: Run, domain: str) -> None:
         operation = run.operation
-        run.begun_s = time.monotonic()
-        queue_us = int((time.monotonic() - run.started_s) * 1e6)
+        run.timings.begun_s = time.monotonic()
         job = Job(
             operation=operation.name,
             domain=domain,
@@ -192,24 +195,34 @@ class Execution:
             results=operation.results,
         )
         try:
-            run.handle = self._workers.submit(job, lambda outcome: self._ended(run, queue_us, outcome))
+            run.handle = self._workers.submit(job, lambda outcome: self._ended(run, outcome))
         except RemoraError as error:
             failure = error  # the except clause's own name is gone when the call is made
-            self._call_soon(lambda: self._ended(run, queue_us, failure))
+            self._call_soon(lambda: self._ended(run, failure))
 
-    def _ended(self, run: Run, queue_us: int, outcome: Result | RemoraError) -> None:
-        run_us = outcome.run_us if isinstance(outcome, Result) else 0
+    def _ended(self, run: Run, outcome: Result | RemoraError) -> None:
+        timings, run_us = run.timings, 0
+        timings.ended_s = time.monotonic()
         try:
             if isinstance(outcome, Result):
-                self._metrics.ran(run.operation.name, run.operation.model, queue_us, run_us)
-                self._finish(run, Answer(outcome, queue_us))
+                timings.run_us = run_us = outcome.run_us
+                answer = Answer(outcome, timings.queue_us)
+                self._metrics.ran(
+                    run.session.tenant,
+                    run.operation.name,
+                    run.operation.model,
+                    timings,
+                    device=run.device,
+                    sent_bytes=answer.size_bytes - OVERHEAD_BYTES,
+                )
+                self._finish(run, answer)
             else:
                 self._finish(run, outcome)
         finally:  # whatever became of the answer, the slot is free
             if run.ticket is not None:
                 measured = isinstance(outcome, Result)
                 # What failed or was given up has used its time, too: else that would be the way around a share.
-                used_us = run_us if measured else int((time.monotonic() - run.begun_s) * 1e6)
+                used_us = run_us if measured else int((timings.ended_s - timings.begun_s) * 1e6)
                 tenant = run.session.tenant
                 self._quotas.charge(tenant, self._quotas.terms(run.session.owner, tenant), used_us)
                 self._scheduler.finished(run.ticket, used_us, measured=measured)

@@ -40,6 +40,12 @@ class Ledger:
     def of_tenant(self, tenant: str) -> list[str]:
         return list(self._owned.get(tenant, ()))
 
+    def entries(self) -> Iterator[tuple[str, str, int, float, int]]:
+        """Yield (tenant, digest, bytes, last used, sessions that hold it) of every ownership."""
+        for tenant, digests in self._owned.items():
+            for digest, used_at in digests.items():
+                yield tenant, digest, self._sizes[digest], used_at, self._holds.get((tenant, digest), 0)
+
     def digests(self) -> set[str]:
         return set(self._sizes)
 

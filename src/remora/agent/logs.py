@@ -72,7 +72,9 @@ class Log:
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE_LENGTH)
         #: By tenant and level: sessions that come and go must not crowd out refusals.
         self._budgets: dict[tuple[str, str], _Budget] = {}
+        #: Lines that were lost, and lines that tenants had no budget for.
         self.dropped = 0
+        self.suppressed = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -91,6 +93,7 @@ class Log:
                 self._budgets.clear()
             budget = self._budgets[tenant, level] = _Budget(now_s)
         if not budget.take(now_s):
+            self.suppressed += 1
             return
         if budget.suppressed:
             fields["suppressed_before"] = budget.suppressed

@@ -164,6 +164,10 @@ class Models:
         spec = self._loaded.get((domain, model))
         return spec.device if spec is not None else ""
 
+    def loaded_specs(self) -> Mapping[tuple[str, str], ModelSpec]:
+        """Return what is in the memory of workers, by trust domain and model."""
+        return self._loaded
+
     def loaded(self, domain: str, model: str) -> bool:
         return (domain, model) in self._loaded
 

@@ -166,7 +166,8 @@ class FairScheduler:
         self._lanes: dict[Lane, _Queues] = {}
         self._virtual: dict[str, float] = {}
         self._present = 0.0
-        self._running: Counter[str] = Counter()
+        #: Tickets of each tenant that are with a worker, and that wait.
+        self.running: Counter[str] = Counter()
         self._capped: dict[str, set[Lane]] = {}  # tenant -> lanes in which it waits for its own requests
         self._active: Counter[str] = Counter()  # tickets waiting or running
         self.waiting: Counter[str] = Counter()
@@ -216,7 +217,7 @@ class FairScheduler:
         return min((self._virtual[tenant] for tenant in self._active), default=self._present)
 
     def _at_cap(self, ticket: Ticket) -> bool:
-        return bool(ticket.share.concurrent) and self._running[ticket.tenant] >= ticket.share.concurrent
+        return bool(ticket.share.concurrent) and self.running[ticket.tenant] >= ticket.share.concurrent
 
     def _check_time(self, lane: _Queues, ticket: Ticket, now_s: float) -> None:
         """Refuse what cannot be answered in time even if all goes well."""
@@ -292,7 +293,7 @@ class FairScheduler:
         self._present = max(self._present, self._virtual[ticket.tenant] if alone else self._key(ticket))
         self._virtual[ticket.tenant] += ticket.charged_us / ticket.share.weight
         lane.running += 1
-        self._running[ticket.tenant] += 1
+        self.running[ticket.tenant] += 1
         ticket.start()
 
     def finished(self, ticket: Ticket, run_us: int, *, measured: bool = True) -> None:
@@ -301,9 +302,9 @@ class FairScheduler:
         ticket.state = Ticket.ENDED
         lane, tenant = self._lanes[ticket.lane], ticket.tenant
         lane.running -= 1
-        self._running[tenant] -= 1
-        if not self._running[tenant]:
-            del self._running[tenant]
+        self.running[tenant] -= 1
+        if not self.running[tenant]:
+            del self.running[tenant]
         if run_us > 0:
             self._virtual[tenant] += (run_us - ticket.charged_us) / ticket.share.weight
             if measured:

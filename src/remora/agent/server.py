@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from remora.agent import gauges
 from remora.agent import identity as identities
 from remora.agent.attachments import Attachment, Attachments
 from remora.agent.core import Core
@@ -17,6 +18,7 @@ from remora.agent.doors.control import ControlDoor
 from remora.agent.doors.native import NativeDoor
 from remora.agent.doors.vaccel import VaccelDoor
 from remora.agent.draining import Draining
+from remora.agent.exposition import CONTENT_TYPE
 from remora.agent.http import HttpServer
 from remora.agent.identity import Address, Identity
 from remora.agent.listeners import Listener, bind, bind_unix
@@ -74,7 +76,7 @@ class Agent:
         self.metrics_address = ""
         self.attachments = Attachments(reactor, self.core.journal, self._attached_connection, self.core.end_identity)
         self.draining = Draining(self.core, reactor.stop)
-        self._gauges()
+        gauges.register(self.core, attachments=lambda: len(self.attachments), draining=lambda: self.draining.begun)
         self._closed = False
 
     # -- listening --------------------------------------------------------------------------------------------------
@@ -110,12 +112,12 @@ class Agent:
         )
 
     def listen_metrics(self, address: Address) -> None:
-        """Serve /metrics and /healthz."""
+        """Serve /metrics, /healthz and /readyz."""
         sock = bind(address, _OWNER_MODE)
-        pages = {"/metrics": self._metrics_page, "/healthz": self._health_page}
+        pages = {"/metrics": self._metrics_page, "/healthz": self._health_page, "/readyz": self._ready_page}
         self._http = HttpServer(self._reactor, sock, pages)
         self._http_path = address.path
-        self.core.disk.insist("metrics", self.core.metrics.prepare)
+        self.core.disk.insist("metrics", self.core.exposition.prepare)
         name = sock.getsockname()
         self.metrics_address = f"tcp://{address.host}:{name[1]}" if isinstance(name, tuple) else address.text
 
@@ -208,38 +210,14 @@ class Agent:
     # -- seeing it --------------------------------------------------------------------------------------------------
 
     def _metrics_page(self) -> tuple[int, str, bytes]:
-        return 200, "text/plain; version=0.0.4; charset=utf-8", self.core.metrics.exposition()
+        return 200, CONTENT_TYPE, self.core.exposition.text()
 
     def _health_page(self) -> tuple[int, str, bytes]:
         return 200, "text/plain; charset=utf-8", b"ok\n"
 
-    def _gauges(self) -> None:
-        core, gauge = self.core, self.core.metrics.gauge
-        gauge("remora_sessions", "Sessions.", ("tenant",), lambda: _counts(core.sessions.per_tenant))
-        gauge("remora_connections", "Connections of callers.", ("tenant",), lambda: _counts(core.peers.per_tenant))
-        gauge("remora_queued", "Requests that wait.", ("tenant",), lambda: _counts(core.scheduler.waiting))
-        gauge("remora_attachments", "Attached sandboxes.", (), lambda: [((), float(len(self.attachments)))])
-        gauge("remora_store_bytes", "Bytes stored.", (), lambda: [((), float(max(0, core.store.bytes_stored)))])
-        gauge("remora_log_lines_dropped", "Log lines lost.", (), lambda: [((), float(self._log.dropped))])
-        gauge("remora_in_flight_bytes", "Request bytes held.", ("tenant",), lambda: _counts(core.peers.in_flight_bytes))
-        gauge(
-            "remora_worker_busy",
-            "Jobs that a worker runs.",
-            ("worker", "domain", "backend", "device"),
-            lambda: [((w.id, w.domain, w.backend, w.device), float(w.busy)) for w in core.workers.workers()],
-        )
-        gauge(
-            "remora_worker_restarts",
-            "Times a worker was started again.",
-            ("worker", "domain"),
-            lambda: [((w.id, w.domain), float(w.restarts)) for w in core.workers.workers()],
-        )
-        gauge(
-            "remora_worker_memory_bytes",
-            "Memory of a worker.",
-            ("worker", "domain"),
-            lambda: [((w.id, w.domain), float(w.memory_bytes)) for w in core.workers.workers()],
-        )
+    def _ready_page(self) -> tuple[int, str, bytes]:
+        ready, reason = self.core.ready()
+        return 200 if ready else 503, "text/plain; charset=utf-8", f"{reason}\n".encode()
 
     def _on_error(self, error: BaseException) -> None:
         """A fault of our own: one line with its trace; the loop goes on."""
@@ -271,7 +249,3 @@ class Agent:
             if peer.connection is not None:
                 peer.connection.close()
         self.core.close()
-
-
-def _counts(table: Mapping[str, int]) -> Sequence[tuple[tuple[str, ...], float]]:
-    return [((key,), float(value)) for key, value in table.items()]

@@ -8,7 +8,7 @@ is in `files`, done by the disk threads under the digest as key, so that operati
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -79,6 +79,10 @@ class Store:
         self._expire_partials()
 
     # -- questions --------------------------------------------------------------------------------------------------
+
+    def entries(self) -> Iterator[tuple[str, str, int, float, int]]:
+        """Yield (tenant, digest, bytes, last used, sessions that hold it): for the operator."""
+        return self._ledger.entries()
 
     def owns(self, tenant: str, digest: str) -> bool:
         return self._ledger.owns(tenant, digest)

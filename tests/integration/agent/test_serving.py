@@ -226,10 +226,11 @@ def test_metrics_and_health_are_served(agent: AgentProcess) -> None:
             guest.infer("none")
         text = http_get(agent.metrics, "/metrics").decode()
     assert http_get(agent.metrics, "/healthz").startswith(b"HTTP/1.1 200 ")
+    assert http_get(agent.metrics, "/readyz").startswith(b"HTTP/1.1 200 ")
     assert 'remora_requests_total{code="OK",door="native",method="Infer"' in text
     assert 'remora_refusals_total{rule="NOT_FOUND"' in text
-    assert "remora_run_seconds_bucket" in text
-    assert 'remora_worker_busy{backend="onnx",device="cpu",domain="shared"' in text
+    assert 'remora_stage_seconds_bucket{le="+Inf",model="identity",operation="infer",stage="run"}' in text
+    assert 'remora_worker_busy{device="cpu",domain="shared"' in text
 
 
 def test_a_refused_request_is_a_line_in_the_log(agent: AgentProcess) -> None:

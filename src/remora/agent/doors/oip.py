@@ -126,10 +126,7 @@ class Inferences:
 
     def ready(self) -> bool:
         """True if a worker is there to run something, or would be started for it."""
-        if not self._core.policy.workers.standby and not self._core.workers.workers():
-            return True
-        # A process that has died has no memory.
-        return any(worker.memory_bytes for worker in self._core.workers.workers())
+        return self._core.ready()[0]
 
     def index(
         self, peer: Peer, exchange: Exchange, ready_only: bool, done: Callable[[list[ModelCard]], None], fail: Fail

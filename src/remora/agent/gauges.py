@@ -1,0 +1,86 @@
+"""What the metrics say of the moment: read from whoever knows it, at every scrape."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from remora import __version__
+from remora.agent.core import Core
+from remora.agent.exposition import Sample
+from remora.workers.contract import SHARED, WorkerInfo
+
+#: How the metrics name the domain of workers that belong to nobody yet.
+SPARE = "spare"
+
+
+def register(core: Core, *, attachments: Callable[[], int], draining: Callable[[], bool]) -> None:
+    """Have all gauges of the agent read at every scrape."""
+    exposition, started_s = core.exposition, time.time()
+    exposition.by_tenant("remora_sessions", lambda: core.sessions.per_tenant)
+    exposition.by_tenant("remora_connections", lambda: core.peers.per_tenant)
+    exposition.by_tenant("remora_queued_requests", lambda: core.scheduler.waiting)
+    exposition.by_tenant("remora_running_requests", lambda: core.scheduler.running)
+    exposition.by_tenant("remora_in_flight_bytes", lambda: core.peers.in_flight_bytes)
+    exposition.by_tenant("remora_resources", lambda: Counter(entry[0] for entry in core.store.entries()))
+    exposition.by_tenant("remora_resource_bytes", lambda: _resource_bytes(core))
+    for name, value in (
+        ("remora_store_bytes", lambda: max(0, core.store.bytes_stored)),
+        ("remora_attachments", attachments),
+        ("remora_log_lines_dropped_total", lambda: core.log.dropped),
+        ("remora_log_lines_suppressed_total", lambda: core.log.suppressed),
+        ("remora_draining", lambda: int(draining())),
+        ("remora_start_time_seconds", lambda: started_s),
+    ):
+        exposition.read(name, _single(value))
+    exposition.read("remora_build_info", lambda: [((__version__,), 1.0)])
+    exposition.read("remora_workers", lambda: _of_workers(core, lambda _worker: 1))
+    exposition.read("remora_worker_busy", lambda: _of_workers(core, lambda worker: worker.busy))
+    exposition.read("remora_worker_memory_bytes", lambda: _of_workers(core, lambda worker: worker.memory_bytes))
+    exposition.read("remora_worker_restarts_total", lambda: _restarts(core))
+    exposition.read("remora_model_memory_bytes", lambda: _model_memory(core))
+    exposition.read("remora_models_loaded", lambda: _models(core))
+
+
+def _single(value: Callable[[], float]) -> Callable[[], Iterable[Sample]]:
+    return lambda: [((), float(value()))]
+
+
+def _resource_bytes(core: Core) -> Counter[str]:
+    sums: Counter[str] = Counter()
+    for tenant, _digest, size_bytes, _used_at, _holds in core.store.entries():
+        sums[tenant] += size_bytes
+    return sums
+
+
+def _domain(core: Core, domain: str) -> str:
+    return domain if domain == SHARED else core.metrics.label(domain) if domain else SPARE
+
+
+def _of_workers(core: Core, value: Callable[[WorkerInfo], int]) -> Iterable[Sample]:
+    sums: Counter[tuple[str, ...]] = Counter()
+    for worker in core.workers.workers():
+        sums[_domain(core, worker.domain), worker.device] += value(worker)
+    return [(labels, float(total)) for labels, total in sums.items()]
+
+
+def _restarts(core: Core) -> Iterable[Sample]:
+    sums: Counter[tuple[str, ...]] = Counter()
+    for worker in core.workers.workers():
+        if worker.domain:
+            sums[(_domain(core, worker.domain),)] += worker.restarts
+    return [(labels, float(total)) for labels, total in sums.items()]
+
+
+def _model_memory(core: Core) -> Iterable[Sample]:
+    sums: Counter[tuple[str, ...]] = Counter()
+    for (domain, model), spec in core.models.loaded_specs().items():
+        shown = model if domain == SHARED else "uploaded"
+        sums[_domain(core, domain), shown, spec.device] += spec.memory_bytes
+    return [(labels, float(total)) for labels, total in sums.items()]
+
+
+def _models(core: Core) -> Iterable[Sample]:
+    counts = Counter(spec.device for spec in core.models.loaded_specs().values())
+    return [((device,), float(count)) for device, count in counts.items()]
