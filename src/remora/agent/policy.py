@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from remora.agent.rules import Rules, parse_rules
+from remora.agent.rules import Rules, parse_rules, shown
 from remora.errors import FailedPreconditionError, InvalidArgumentError, PermissionDeniedError
 from remora.workers.settings import WorkerSettings
 
@@ -121,7 +121,7 @@ def _check_value(where: str, key: str, value: object, default: object) -> None:
         wanted = f"a whole number of at least {least}"
     if not good:
         raise InvalidArgumentError(
-            f"{where}: {key} = {value!r} is not {wanted}", fix="sizes are in bytes and times in seconds"
+            f"{where}: {key} = {shown(value)} is not {wanted}", fix="sizes are in bytes and times in seconds"
         )
 
 
@@ -147,7 +147,7 @@ def parse(text: str, where: str = "the configuration") -> Policy:
     """
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise InvalidArgumentError(f"{where} is not TOML: {error}", fix="see docs/agent.md for an example") from error
     unknown = sorted(set(document) - set(_SECTIONS) - set(_RULES))
     if unknown:

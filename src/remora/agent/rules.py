@@ -36,6 +36,7 @@ _NUMBERS = ("requests_per_s", "device_s_per_s", "burst_s", "weight")
 _LISTS = ("operations", "models", "devices")
 _MAX_PATTERNS = 256
 _MAX_RULES = 4096
+_LONG = 1 << 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +113,17 @@ class Rules:
 
 
 def shown(value: Any) -> str:
-    """Return a value as TOML has it."""
+    """Return a value as TOML has it. One that is nested is only named: its text may be as deep as Python's stack."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
         return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    if isinstance(value, Mapping | list):
+        return "a table" if isinstance(value, Mapping) else f"a list of {len(value)}"
+    if isinstance(value, str):
+        return repr(value[:80])
+    if isinstance(value, int) and abs(value) >= _LONG:  # beyond some length Python refuses to write it
+        return f"a number of {value.bit_length()} bits"
     return "none" if value is None else str(value)
 
 
@@ -139,7 +146,7 @@ def _value(where: str, key: str, value: object) -> object:
         in_range = least <= value <= most
         if in_range:
             return value
-    raise InvalidArgumentError(f"{where} {key} = {str(value)[:80]!r} is not {wanted}", fix="see docs/policy.md")
+    raise InvalidArgumentError(f"{where} {key} = {shown(value)} is not {wanted}", fix="see docs/policy.md")
 
 
 def _rule(where: str, table: str, values: object, match: Mapping[str, str] | None = None) -> Rule:

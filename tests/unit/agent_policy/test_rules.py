@@ -50,7 +50,7 @@ def test_a_refusal_names_file_table_key_and_value() -> None:
     ("text", "message"),
     [
         ("[defaults]\nwieght = 1", r"\[defaults\] has no key `wieght`"),
-        ("[defaults]\nweight = 0", "weight = '0' is not a number from 0.01"),
+        ("[defaults]\nweight = 0", "weight = 0 is not a number from 0.01"),
         ("[defaults]\nweight = nan", "not a number from"),
         ("[defaults]\nsessions = true", "not a whole number"),
         ("[defaults]\nmodels = 'x'", "not a list of patterns"),
@@ -137,3 +137,11 @@ def test_policy_check_tells_by_its_exit_status(tmp_path: Path, capsys: pytest.Ca
     assert '[tenant."acme"]' in capsys.readouterr().out
     assert cli.main(["policy", "check", str(bad)]) == 2
     assert "wieght" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0x" + "f" * 5000, "9" * 5000, "x" + ".a" * 900 + " = 1\n#"])
+@pytest.mark.parametrize("key", ["[limits]\nconnections", "[defaults]\nweight", "[defaults]\nmodels"])
+def test_values_beyond_what_python_can_write_are_refused_in_words(key: str, value: str) -> None:
+    text = f"{key}.{value}" if value.startswith("x") else f"{key} = {value}"
+    with pytest.raises(InvalidArgumentError, match=r"connections|weight|models|not TOML"):
+        policy.parse(text)

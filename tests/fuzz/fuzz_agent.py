@@ -1,0 +1,149 @@
+"""An agent's core in this process, with fake workers that answer at once: what the doors' targets talk to."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fake_workers import FakeBlock, FakeJob
+from remora.agent.core import Core
+from remora.agent.identity import Identity
+from remora.agent.logs import Log, Value
+from remora.agent.peers import Peer
+from remora.agent.policy import Limits, Policy
+from remora.errors import RemoraError
+from remora.reactor import Reactor
+from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView, WorkerInfo
+
+IDENTITY = Identity("sandbox:fuzz", "sandbox:fuzz", "fuzz")
+LIMITS = Limits(
+    message_bytes=4 << 20,
+    json_bytes=1 << 20,
+    in_flight_bytes_per_tenant=16 << 20,
+    sessions_per_tenant=64,
+    resources_per_tenant=32,
+)
+
+
+class FakeInstantWorkers:
+    """Gives inputs back as outputs, zeroes where results have a shape. Counts the memory it lends."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self.lent = 0
+
+    def allocate(self, _tenant: str, size_bytes: int) -> FakeBlock:
+        self.lent += 1
+        return FakeBlock(size_bytes, self._back)
+
+    def _back(self) -> None:
+        self.lent -= 1
+
+    def load(self, _domain: str, source: ModelSource, done: Callable[[ModelSpec | RemoraError], None]) -> None:
+        tensor = (TensorSpec("input", "float32", (-1,)),)
+        spec = ModelSpec(source.key, source.task, tensor, (TensorSpec("output", "float32", (-1,)),), "cpu", 1)
+        self._reactor.call_soon(lambda: done(spec))
+
+    def unload(self, domain: str, key: str) -> None:
+        pass
+
+    def submit(self, job: Job, done: Callable[[Result | RemoraError], None]) -> FakeJob:
+        zeroes = [
+            TensorView(spec.name, spec.dtype, spec.shape, memoryview(bytes(_size_bytes(spec)))) for spec in job.results
+        ]
+        if job.operation == "compute":
+            result = Result(outputs=tuple(zeroes), run_us=1)
+        elif job.operation == "classify":
+            result = Result(labels=(LabelScore(0, "label", 0.5),), run_us=1)
+        else:
+            result = Result(outputs=job.inputs, run_us=1)
+        self._reactor.call_soon(lambda: done(result))
+        return FakeJob(job, done)
+
+    def slots(self, _domain: str, _model: str) -> int:
+        return 4
+
+    def release_domain(self, domain: str) -> None:
+        pass
+
+    def workers(self) -> list[WorkerInfo]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def _size_bytes(spec: TensorSpec) -> int:
+    size = {"float32": 4, "float64": 8, "int32": 4, "int64": 8}.get(spec.dtype, 1)
+    for length in spec.shape:
+        size *= length
+    assert 0 <= size <= 64 << 20, f"a result of {spec.shape} was asked for"
+    return size
+
+
+class QuietLog(Log):
+    """Nobody reads the lines of millions of cases."""
+
+    def info(self, event: str, **fields: Value) -> None:
+        """Drop a line."""
+
+    def of_tenant(self, tenant: str, event: str, *, level: str = "warning", **fields: Value) -> None:
+        """Drop a line."""
+
+
+class FuzzAgent:
+    """A core, and the faults that it heard of: there must be none."""
+
+    def __init__(self) -> None:
+        state = Path(tempfile.mkdtemp(prefix="remora-fuzz-"))
+        atexit.register(shutil.rmtree, state, ignore_errors=True)
+        self.faults: list[BaseException] = []
+        self.reactor = Reactor(self.faults.append)
+        self.workers = FakeInstantWorkers(self.reactor)
+        log = QuietLog(json_lines=False)
+        model = state / "model"
+        model.write_bytes(b"a model")
+        digest = "sha256:" + sha256(model.read_bytes()).hexdigest()
+        source = ModelSource("identity", digest, model, "onnx", "tensor")
+        pictures = ModelSource("pictures", digest, model, "onnx", "classification")
+        info = SimpleNamespace(description="", licence="", size_bytes=1)
+        catalogue: Any = {one.key: SimpleNamespace(source=one, info=info) for one in (source, pictures)}
+        self.core = Core(self.reactor, state, Policy(limits=LIMITS), self.workers, catalogue, log)
+
+        box: list[Any] = []
+        self.core.sessions.create(IDENTITY, box.append)
+        self.turn(lambda: box)
+        for name in catalogue:  # so that requests need no disk, which answers when it likes
+            self.core.models.ensure(box[0][0], name, box.append)
+        self.turn(lambda: len(box) > len(catalogue))
+
+    def join(self) -> Peer:
+        return self.core.peers.join(IDENTITY)
+
+    def turn(self, until: Callable[[], object], timeout_s: float = 5.0) -> None:
+        """Run the loop until something has happened."""
+        end_s = time.monotonic() + timeout_s
+        while not until():
+            assert time.monotonic() < end_s, "the agent does not answer"
+            self.reactor.run_once(0.05)
+
+    def settle(self) -> None:
+        """Run what is due now, and see that nothing went wrong in it."""
+        for _ in range(8):
+            self.reactor.run_once(0)
+        if self.faults:
+            raise self.faults.pop()
+
+
+@cache
+def agent() -> FuzzAgent:
+    """Return the one agent of this process."""
+    return FuzzAgent()
