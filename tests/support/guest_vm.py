@@ -18,13 +18,13 @@ from pathlib import Path
 from types import TracebackType
 
 from remora.guest.channel import Channel, Stream
-from remora.guest.forwarder import ACCELERATOR_PORT
 from remora.guest.kernel import CHANNEL_PORT_NAME, OS_DISK_SERIAL, host_tsc_khz, kernel_arguments
 from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.images.guest_os import GuestImage
 from remora.reactor import Reactor
 from remora.wire.guest_v1 import CONTROL_PORT, METHODS, SERVICE, STDIO_PORT
 from remora.wire.protobuf import Message
+from remora.wire.remora_v1 import PORT
 from remora.wire.ttrpc.sync import Client
 
 #: A cold boot takes 2-3 s on an idle machine; the bound is for a busy one.
@@ -40,7 +40,7 @@ class HostEnd:
         self._on_accelerator = on_accelerator
         self._pumps: list[FromDescriptor | ToDescriptor] = []
         self._writers: list[socket.socket] = []
-        services = {ACCELERATOR_PORT: self._accept} if on_accelerator is not None else {}
+        services = {PORT: self._accept} if on_accelerator is not None else {}
         self._channel = Channel(self._reactor, sock.fileno(), services, initiator=True)
         self._thread = threading.Thread(target=self._reactor.run, name="host end of the channel")
         self._thread.start()

@@ -18,9 +18,10 @@ from remora.agent.journal import Journal
 from remora.agent.listeners import Listener, bind_unix
 from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError
 from remora.reactor import Reactor
-from remora.wire.remora_v1 import PORT
+from remora.wire.remora_v1 import OIP_PORT, PORT
 
 SOCKET_NAME = f"channel.sock_{PORT}"
+OIP_SOCKET_NAME = f"channel.sock_{OIP_PORT}"
 _MODE = 0o600
 _MAX_LABELS = 64
 _MAX_LABEL = 256
@@ -34,7 +35,7 @@ class Attachment:
     directory: Path
     #: Device and inode of the directory: another one of the same name is another sandbox's.
     place: tuple[int, int]
-    listener: Listener
+    listeners: list[Listener]
     requests: int = 0
 
 
@@ -55,6 +56,8 @@ class Attachments:
         self._reactor = reactor
         self._journal = journal
         self._on_connection = on_connection
+        #: Takes connections to the sandboxes' Open Inference Protocol socket. Without it they have none.
+        self.on_oip: Callable[[Attachment, socket.socket], None] | None = None
         self._on_detached = on_detached
         self._by_sandbox: dict[str, Attachment] = {}
 
@@ -120,26 +123,32 @@ class Attachments:
 
     def _listen(self, identity: Identity, tenant: str, directory: Path) -> None:
         place = check_private_directory(directory)
-        path = directory / SOCKET_NAME
+        attachment = Attachment(identity, tenant, directory, place, [])
+        try:
+            self._serve(attachment, SOCKET_NAME, self._on_connection)
+            if self.on_oip is not None:
+                self._serve(attachment, OIP_SOCKET_NAME, self.on_oip)
+        except RemoraError:
+            _close(attachment)
+            raise
+        self._by_sandbox[identity.sandbox] = attachment
+
+    def _serve(self, attachment: Attachment, name: str, serve: Callable[[Attachment, socket.socket], None]) -> None:
+        path = attachment.directory / name
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
             raise InvalidArgumentError(
                 f"the socket path {path} is longer than {MAX_SOCKET_PATH} bytes", fix="use a shorter directory"
             )
         sock = bind_unix(path, _MODE)
-        attachment: Attachment
-
-        def accepted(connection: socket.socket) -> None:
-            self._on_connection(attachment, connection)
-
-        listener = Listener(self._reactor, sock, accepted, path)
-        attachment = Attachment(identity, tenant, directory, place, listener)
-        self._by_sandbox[identity.sandbox] = attachment
+        attachment.listeners.append(
+            Listener(self._reactor, sock, lambda connection: serve(attachment, connection), path)
+        )
 
     def detach(self, sandbox: str, keep_sessions: bool, done: Callable[[RemoraError | None], None]) -> None:
         """Stop serving a sandbox. One that is not attached may still have kept sessions: they end now."""
         attachment = self._by_sandbox.pop(sandbox, None)
         if attachment is not None:
-            attachment.listener.close()
+            _close(attachment)
             identity = attachment.identity
         else:
             identity = of_sandbox(sandbox, "", {}, "", False)
@@ -164,8 +173,13 @@ class Attachments:
     def close(self) -> None:
         """Stop listening; the attachments stay written down for the next agent."""
         for attachment in self._by_sandbox.values():
-            attachment.listener.close()
+            _close(attachment)
         self._by_sandbox.clear()
+
+
+def _close(attachment: Attachment) -> None:
+    for listener in attachment.listeners:
+        listener.close()
 
 
 def _ignore(_error: RemoraError | None) -> None:

@@ -87,6 +87,8 @@ class Address:
     host: str = ""
     port: int = 0
     door: str = ""
+    #: No address of its own: the door is on the socket of every attached sandbox.
+    attached: bool = False
 
 
 #: Scheme prefixes of addresses on which other doors than ttrpc's are served.
@@ -94,7 +96,12 @@ DOORS = ("oip",)
 
 
 def parse_listen_address(text: str) -> Address:
-    """Read an address as `parse_address` does, with `oip+` before it for the Open Inference Protocol."""
+    """Read an address as `parse_address` does, with `oip+` before it for the Open Inference Protocol.
+
+    `oip+attached` is that protocol for attached sandboxes, each on a socket with its identity.
+    """
+    if text == "oip+attached":
+        return Address(text, door="oip", attached=True)
     for door in DOORS:
         if text.startswith(f"{door}+"):
             plain = parse_address(text.removeprefix(f"{door}+"))

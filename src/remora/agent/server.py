@@ -89,6 +89,11 @@ class Agent:
 
     def listen(self, address: Address) -> str:
         """Serve callers on a Unix socket or a loopback port; return the address with the port that was given."""
+        if address.attached:
+            self._oip_door()  # here and not in the middle of somebody's request
+            self.attachments.on_oip = self._attached_oip
+            self._addresses.append(address.text)
+            return address.text
         accepted = self._oip_accepted() if address.door == "oip" else self._accepted
         listener = Listener(self._reactor, bind(address, _OPEN_MODE), accepted, address.path)
         self._listeners.append(listener)
@@ -127,12 +132,21 @@ class Agent:
         unix = sock.family == socket.AF_UNIX
         self._connection(sock, identities.of_unix_peer(sock) if unix else identities.TCP)
 
-    def _oip_accepted(self) -> Callable[[socket.socket], None]:
+    def _oip_door(self) -> OipDoor:
         if self._oip is None:
             from remora.agent.doors.oip_door import OipDoor  # HTTP/2: 40 ms and 4 MB, only where it is served
 
             self._oip = OipDoor(self.core)
-        door = self._oip
+        return self._oip
+
+    def _attached_oip(self, attachment: Attachment, sock: socket.socket) -> None:
+        def count() -> None:
+            attachment.requests += 1
+
+        self._oip_door().serve(sock, attachment.identity, count)
+
+    def _oip_accepted(self) -> Callable[[socket.socket], None]:
+        door = self._oip_door()
 
         def accepted(sock: socket.socket) -> None:
             door.serve(sock, identities.of_unix_peer(sock) if sock.family == socket.AF_UNIX else identities.TCP)

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="ADDRESS",
         help="unix:///path, unix://@name or tcp://127.0.0.1:port; with oip+ before it (oip+unix:///path) for the Open "
-        "Inference Protocol, REST and gRPC on the same address; may be given several times "
+        "Inference Protocol, REST and gRPC on the same address; oip+attached for that protocol on a socket of each "
+        "attached sandbox; may be given several times "
         f"(default: unix://{paths.agent_socket()})",
     )
     parser.add_argument(

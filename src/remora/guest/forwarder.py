@@ -1,6 +1,6 @@
-"""The accelerator's door inside the guest: each connection to /run/remora/accel.sock is a stream to channel port 2048.
+"""The accelerator's doors inside the guest: each connection to one of their sockets is a stream to its channel port.
 
-It copies bytes and knows no protocol, so whatever the agent speaks on that port reaches the function unchanged.
+It copies bytes and knows no protocol, so whatever the agent speaks on a port reaches the function unchanged.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import socket
 from remora.errors import ResourceExhaustedError
 from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.reactor import READ
+from remora.wire.remora_v1 import OIP_PORT, PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Set
+    from typing import Dict, List, Optional, Set
 
     from remora.guest.channel import Channel, Stream
     from remora.reactor import Reactor
 
-ACCELERATOR_PORT = 2048
+#: Sockets in the directory that the container sees as /run/remora, and the channel port that each leads to.
+DOORS = {"accel.sock": PORT, "oip.sock": OIP_PORT}
 _MAX_CONNECTIONS = 256
 
 
@@ -73,17 +75,26 @@ class Connection:
 
 
 class Forwarder:
-    def __init__(self, reactor: Reactor, path: str, channel: Channel) -> None:
+    """Listens in `directory`; `doors` are names of sockets and channel ports."""
+
+    def __init__(
+        self, reactor: Reactor, directory: str, channel: Channel, doors: Optional[Dict[str, int]] = None
+    ) -> None:
         self._reactor = reactor
         self._channel = channel
         self._connections: Set[Connection] = set()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self._listener.bind(path)
-        os.chmod(
-            path, 0o666
-        )  # any user of the container may use the accelerator: the host tells guests apart, not users
-        self._listener.listen(64)
-        reactor.register(self._listener.fileno(), READ, self._accept)
+        self._listeners: List[socket.socket] = []
+        for name, port in (DOORS if doors is None else doors).items():
+            self._listen(os.path.join(directory, name), port)
+
+    def _listen(self, path: str, port: int) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        listener.bind(path)
+        # Any user of the container may use the accelerator: the host tells guests apart, not users.
+        os.chmod(path, 0o666)
+        listener.listen(64)
+        self._listeners.append(listener)
+        self._reactor.register(listener.fileno(), READ, lambda _events: self._accept(listener, port))
 
     @property
     def connections(self) -> int:
@@ -100,19 +111,21 @@ class Forwarder:
 
     def close(self) -> None:
         self.reset()
-        self._reactor.unregister(self._listener.fileno())
-        self._listener.close()
+        for listener in self._listeners:
+            self._reactor.unregister(listener.fileno())
+            listener.close()
+        self._listeners.clear()
 
-    def _accept(self, _events: int) -> None:
+    def _accept(self, listener: socket.socket, port: int) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, _ = listener.accept()
         except BlockingIOError:
             return
         if len(self._connections) >= _MAX_CONNECTIONS:
             sock.close()
             return
         try:
-            stream = self._channel.open(ACCELERATOR_PORT)
+            stream = self._channel.open(port)
         except ResourceExhaustedError:
             sock.close()  # the function sees a closed connection and may try again
             raise

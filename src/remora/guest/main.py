@@ -39,7 +39,7 @@ class Guest:
         services = {CONTROL_PORT: self._serve, STDIO_PORT: self._attaching.accept}
         self.channel = Channel(reactor, port, services, self._restarted)
         self.ready = Ready(reactor, f"{shared}/guest.sock", template=template)
-        self.forwarder = Forwarder(reactor, f"{shared}/accel.sock", self.channel)
+        self.forwarder = Forwarder(reactor, shared, self.channel)
         self.control = Control(reactor, self.container, self.ready, self.forwarder, self.channel.when_drained)
 
     def _serve(self, stream: Stream) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from remora.guest.channel import Channel, Stream
-from remora.guest.forwarder import ACCELERATOR_PORT, Forwarder
+from remora.guest.forwarder import DOORS, Forwarder
 from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.guest.ready import Ready
 from remora.guest.stdio import Attaching, Stdio
@@ -38,7 +38,9 @@ class Ends:
         self.host = self.new_host(self.sockets[1])
 
     def new_host(self, sock: socket.socket) -> Channel:
-        return Channel(self.reactor, sock.fileno(), {ACCELERATOR_PORT: self._serve_accelerator}, initiator=True)
+        return Channel(
+            self.reactor, sock.fileno(), dict.fromkeys(DOORS.values(), self._serve_accelerator), initiator=True
+        )
 
     def _serve_accelerator(self, stream: Stream) -> None:
         stream.on_data = self.agent_got.extend
@@ -292,10 +294,11 @@ def test_the_end_of_a_process_waits_for_its_output(ends: Ends) -> None:
     ends.until(lambda: sum(held) == 100_000)
 
 
-def test_the_forwarder_connects_to_the_accelerators_port(ends: Ends, tmp_path: Path) -> None:
-    forwarder = Forwarder(ends.reactor, str(tmp_path / "accel.sock"), ends.guest)
+@pytest.mark.parametrize("door", DOORS)
+def test_the_forwarder_connects_to_the_accelerators_port(ends: Ends, tmp_path: Path, door: str) -> None:
+    forwarder = Forwarder(ends.reactor, str(tmp_path), ends.guest)
     with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(tmp_path / "accel.sock"))
+        client.connect(str(tmp_path / door))
         client.sendall(b"request")
         client.shutdown(socket.SHUT_WR)
         ends.until(lambda: ends.agent_eof)
@@ -374,7 +377,7 @@ def test_who_attaches_after_the_end_gets_the_end(ends: Ends) -> None:
 
 
 def test_a_client_that_reads_no_more_may_still_send(ends: Ends, tmp_path: Path) -> None:
-    forwarder = Forwarder(ends.reactor, str(tmp_path / "accel.sock"), ends.guest)
+    forwarder = Forwarder(ends.reactor, str(tmp_path), ends.guest)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(tmp_path / "accel.sock"))
         ends.until(lambda: ends.accelerator)
@@ -392,7 +395,7 @@ def test_a_client_that_reads_no_more_may_still_send(ends: Ends, tmp_path: Path) 
 
 
 def test_killing_the_client_ends_the_agents_stream(ends: Ends, tmp_path: Path) -> None:
-    forwarder = Forwarder(ends.reactor, str(tmp_path / "accel.sock"), ends.guest)
+    forwarder = Forwarder(ends.reactor, str(tmp_path), ends.guest)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(tmp_path / "accel.sock"))
         ends.until(lambda: ends.accelerator)

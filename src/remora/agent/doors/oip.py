@@ -125,7 +125,7 @@ class Inferences:
     # -- the server -------------------------------------------------------------------------------------------------
 
     def ready(self) -> bool:
-        """True if a worker is there to run something, or would be started for it."""
+        """True if a new request would be served."""
         return self._core.ready()[0]
 
     def index(

@@ -6,6 +6,7 @@ Imported only by agents that listen for it: HTTP/2 costs a process 40 ms and 4 M
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from functools import partial
 
 from remora.agent.core import Core
@@ -17,12 +18,17 @@ from remora.agent.peers import Peer
 from remora.agent.web.connection import WebConnection
 from remora.agent.web.exchange import Link
 from remora.agent.web.http1 import Http1, Http1Exchange, refusal
-from remora.agent.web.http2 import GrpcExchange, Http2
+from remora.agent.web.http2 import Http2
+from remora.agent.web.http2_streams import GrpcExchange
 from remora.errors import RemoraError
 
 NAME = "oip"
 #: Calls open at once on one connection; more wait at the client (SETTINGS_MAX_CONCURRENT_STREAMS).
 _MAX_STREAMS = 100
+
+
+def _uncounted() -> None:
+    """Nobody counts the requests of a connection that belongs to no attachment."""
 
 
 class OipDoor:
@@ -34,8 +40,8 @@ class OipDoor:
         self._rest = RestDoor(core, inferences)
         self._grpc = GrpcDoor(core, inferences)
 
-    def serve(self, sock: socket.socket, identity: Identity) -> None:
-        """Take over a connection."""
+    def serve(self, sock: socket.socket, identity: Identity, on_request: Callable[[], None] = _uncounted) -> None:
+        """Take over a connection; `on_request` is called with each of its requests."""
         core, limits = self._core, self._core.limits
         try:
             core.peers.check_room(identity.tenant)
@@ -48,16 +54,17 @@ class OipDoor:
         peer.connection = WebConnection(
             core.reactor,
             sock,
-            http1=partial(self._http1, peer),
-            http2=partial(self._http2, peer),
+            http1=partial(self._http1, peer, on_request),
+            http2=partial(self._http2, peer, on_request),
             on_close=lambda: core.peers.leave(peer),
             max_out_bytes=limits.out_bytes_per_connection,
             send_timeout_s=limits.frame_timeout_s,
         )
 
-    def _http1(self, peer: Peer, link: Link) -> Http1:
+    def _http1(self, peer: Peer, on_request: Callable[[], None], link: Link) -> Http1:
         def handle(exchange: Http1Exchange) -> None:
             self._count(peer)
+            on_request()
             self._rest.handle(peer, exchange)
 
         core, limits = self._core, self._core.limits
@@ -72,9 +79,10 @@ class OipDoor:
             call_soon=core.reactor.call_soon,
         )
 
-    def _http2(self, peer: Peer, link: Link) -> Http2:
+    def _http2(self, peer: Peer, on_request: Callable[[], None], link: Link) -> Http2:
         def handle(exchange: GrpcExchange) -> None:
             self._count(peer)
+            on_request()
             self._grpc.handle(peer, exchange)
 
         core, limits = self._core, self._core.limits

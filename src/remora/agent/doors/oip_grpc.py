@@ -17,7 +17,7 @@ from remora.agent.doors import oip_messages as messages
 from remora.agent.doors.calls import as_remora_error
 from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
-from remora.agent.web.http2 import GrpcExchange
+from remora.agent.web.http2_streams import GrpcExchange
 from remora.errors import InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
 from remora.wire.protobuf import Limits, Message
 from remora.workers.contract import TensorSpec, TensorView

@@ -19,8 +19,8 @@ from remora.agent.doors.oip_inputs import read_request
 from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.web.exchange import Piece
-from remora.agent.web.http1 import JSON, Http1Exchange
-from remora.errors import InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
+from remora.agent.web.http1 import JSON, Http1Exchange, error_headers
+from remora.errors import InvalidArgumentError, NotFoundError, RemoraError, UnavailableError, UnimplementedError
 from remora.workers.contract import TensorView
 
 NAME = "oip_rest"
@@ -136,7 +136,8 @@ class RestDoor:
         ready = self._inferences.ready()
         self._core.metrics.answered(NAME, exchange.method, peer.identity.tenant, "OK" if ready else "UNAVAILABLE")
         body = json.dumps({"live": True, "ready": ready}).encode()
-        exchange.respond(200 if ready else 503, [body], headers={"Content-Type": JSON})
+        headers = {"Content-Type": JSON} if ready else error_headers(UnavailableError("not ready"))
+        exchange.respond(200 if ready else 503, [body], headers=headers)
 
     def _index(self, peer: Peer, exchange: Http1Exchange) -> None:
         asked = oip_values.parse_json(exchange.body, self._core.limits.json_bytes) if len(exchange.body) else {}

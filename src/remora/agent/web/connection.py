@@ -87,6 +87,11 @@ class WebConnection:
         self._send_timer: Timer | None = None
         reactor.register(self._fd, READ, self._ready)
 
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of answers that the client has not taken yet."""
+        return self._out_bytes + (self._speaker.unsent_bytes if self._speaker is not None else 0)
+
     # -- what the speaker uses (`exchange.Link`) --------------------------------------------------------------------
 
     def transmit(self, pieces: Sequence[Piece], on_sent: Callable[[], None] | None = None) -> None:

@@ -143,6 +143,10 @@ class Speaker(Protocol):
 
     def received(self, count: int) -> None: ...
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of answers that the protocol itself holds back."""
+
     def check(self, now_s: float) -> float | None:
         """Give up what takes too long; return when to look again, None if nothing is under way."""
 

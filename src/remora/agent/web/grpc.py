@@ -6,10 +6,14 @@ Source: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Mapping
+from math import ceil
 from urllib.parse import quote
 
+from remora.agent.hints import again_s, hint
 from remora.errors import InvalidArgumentError, RemoraError
+from remora.wire.ttrpc.messages import Status
 
 RESPONSE_HEADERS = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-accept-encoding", "identity")]
 OK_TRAILERS = [("grpc-status", "0")]
@@ -46,11 +50,21 @@ def timeout_s(text: str) -> float | None:
 
 
 def refusal_headers(error: RemoraError) -> list[tuple[str, str]]:
-    """Return the only headers of an answer without a message."""
-    text = quote(str(error)[:_MAX_MESSAGE], safe=_PLAIN)
-    return [
+    """Return the only headers of an answer without a message.
+
+    When it is worth sending again is said twice: to whoever reads error details (google.rpc.RetryInfo), and to the
+    client's own retries (gRFC A6).
+    """
+    message = str(error)[:_MAX_MESSAGE]
+    headers = [
         (":status", "200"),
         ("content-type", "application/grpc"),
         ("grpc-status", str(error.code)),
-        ("grpc-message", text),
+        ("grpc-message", quote(message, safe=_PLAIN)),
     ]
+    after_s = again_s(error)
+    if after_s is not None:
+        details = b64encode(Status(code=error.code, message=message, details=[hint(after_s)]).to_bytes())
+        headers.append(("grpc-status-details-bin", details.decode("ascii").rstrip("=")))
+        headers.append(("grpc-retry-pushback-ms", str(ceil(after_s * 1000))))
+    return headers

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
+from math import ceil
 
+from remora.agent.hints import again_s
 from remora.agent.web import http1_head
 from remora.agent.web.exchange import ALLOCATE_BYTES, Allocate, Body, Exchange, Link, Piece
 from remora.agent.web.http1_head import MAX_HEAD_BYTES, BadRequestError, Head
@@ -70,7 +72,9 @@ def error_body(error: RemoraError) -> bytes:
 
 
 def error_headers(error: RemoraError) -> dict[str, str]:
-    hint = {"Retry-After": "1"} if error.retryable else {}
+    """Return the headers of an error's answer; when to come back is in whole seconds (RFC 9110, section 10.2.3)."""
+    after_s = again_s(error)
+    hint = {} if after_s is None else {"Retry-After": str(max(1, ceil(after_s)))}
     return {"Content-Type": JSON, **hint}
 
 
@@ -290,6 +294,10 @@ class Http1:
             return
         self._link.hold(reading=False)
         self._parse()
+
+    @property
+    def unsent_bytes(self) -> int:
+        return 0
 
     # -- time and end -----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ Only unary calls exist here.
 from __future__ import annotations
 
 import struct
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,8 +20,9 @@ from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
 
 from remora.agent.web import grpc, http2_frames
-from remora.agent.web.exchange import Allocate, Body, Exchange, Link, Piece
+from remora.agent.web.exchange import Allocate, Body, Link, Piece
 from remora.agent.web.http2_frames import MAX_FRAME_BYTES, PREFACE, FrameReader
+from remora.agent.web.http2_streams import GrpcExchange, Stream, take
 from remora.errors import (
     CancelledError,
     InvalidArgumentError,
@@ -31,7 +31,6 @@ from remora.errors import (
     ResourceExhaustedError,
     UnimplementedError,
 )
-from remora.workers.contract import Block
 
 _PREFIX = struct.Struct(">BI")
 _WINDOW_UPDATE = 8
@@ -48,80 +47,6 @@ _FRAMES_PER_CALL = 20
 _FRAMES_PER_S = 20
 _SLOWEST_BYTES_PER_S = 65536
 _CHECK_S = 1.0
-
-
-class GrpcExchange(Exchange):
-    """A unary gRPC call; `path` is `/service/Method`."""
-
-    __slots__ = ("_connection", "_stream", "path")
-
-    def __init__(self, connection: Http2, stream: _Stream, body: memoryview, block: Block | None) -> None:
-        super().__init__(stream.headers, body, block)
-        self._connection = connection
-        self._stream = stream
-        self.path = stream.headers.get(":path", "")
-
-    def respond(self, pieces: Sequence[Piece], *, on_sent: Callable[[], None] | None = None) -> bool:
-        """Answer with a message. Returns False if the call was over; `on_sent` is called in any case, once."""
-        if self.ended:
-            if on_sent is not None:
-                on_sent()
-            return False
-        self._end()
-
-        def sent() -> None:
-            self.release()
-            if on_sent is not None:
-                on_sent()
-
-        self._connection.answer(self._stream, pieces, sent)
-        return True
-
-    def fail(self, error: RemoraError) -> bool:
-        """Answer with a status. Returns False if the call was over already."""
-        if self.ended:
-            return False
-        self._end()
-        self._connection.refuse(self._stream, error)
-        self.release()
-        return True
-
-
-class _Stream:
-    """One call on its way in or out."""
-
-    __slots__ = ("begun_s", "body", "exchange", "headers", "id", "on_sent", "out", "prefix", "sending")
-
-    def __init__(self, stream_id: int, headers: dict[str, str], now_s: float) -> None:
-        self.id = stream_id
-        self.headers = headers
-        #: When its request began to come, or its answer to wait for the client; 0 while it is being worked on.
-        self.begun_s = now_s
-        self.prefix = b""
-        self.body: Body | None = None
-        self.exchange: GrpcExchange | None = None
-        #: What the client's windows do not let through yet.
-        self.out: deque[memoryview] = deque()
-        #: Frames that the socket has not taken yet.
-        self.sending = 0
-        self.on_sent: Callable[[], None] | None = None
-
-    def settle(self) -> None:
-        """Give the answer's memory back if nothing of it is left to send."""
-        if not self.out and not self.sending:
-            on_sent, self.on_sent = self.on_sent, None
-            if on_sent is not None:
-                on_sent()
-
-    def drop(self, reason: RemoraError) -> None:
-        """Give back what a stream that is gone holds."""
-        if self.body is not None:
-            self.body.drop()
-            self.body = None
-        self.out.clear()
-        self.settle()
-        if self.exchange is not None:
-            self.exchange.cancel(reason)
 
 
 class Http2:
@@ -146,7 +71,7 @@ class Http2:
         self._timeout_s = timeout_s
         self._now_s = now_s
         #: Streams that have no whole answer yet.
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._frames = self._calls = self._kib = 0
         self._uncredited = 0
         self._over = False
@@ -255,7 +180,7 @@ class Http2:
 
     def _open(self, stream_id: int, raw: Iterable[tuple[bytes, bytes]]) -> None:
         headers = {bytes(name).decode("latin-1"): bytes(value).decode("latin-1") for name, value in raw}
-        stream = self._streams[stream_id] = _Stream(stream_id, headers, self._now_s())
+        stream = self._streams[stream_id] = Stream(stream_id, headers, self._now_s())
         status = grpc.unacceptable(headers)
         if status:
             # No gRPC at all: told in HTTP's terms (gRPC over HTTP2, "Appendix: HTTP2 details").
@@ -269,7 +194,7 @@ class Http2:
             )
             self.refuse(stream, error)
 
-    def _message_data(self, stream: _Stream, rest: memoryview) -> None:
+    def _message_data(self, stream: Stream, rest: memoryview) -> None:
         if stream.body is None:
             missing = _PREFIX.size - len(stream.prefix)
             stream.prefix += bytes(rest[:missing])
@@ -295,7 +220,7 @@ class Http2:
             )
         return Body(size, self._allocate)
 
-    def _complete(self, stream: _Stream) -> None:
+    def _complete(self, stream: Stream) -> None:
         body = stream.body
         if body is None or not body.complete:
             self.refuse(stream, InvalidArgumentError("the call ended before its message was complete"))
@@ -315,7 +240,7 @@ class Http2:
 
     # -- answering --------------------------------------------------------------------------------------------------
 
-    def answer(self, stream: _Stream, pieces: Sequence[Piece], on_sent: Callable[[], None]) -> None:
+    def answer(self, stream: Stream, pieces: Sequence[Piece], on_sent: Callable[[], None]) -> None:
         """Send a message and the status OK; `on_sent` is called once its memory is no longer needed."""
         if self._over or stream.id not in self._streams:
             on_sent()
@@ -327,7 +252,7 @@ class Http2:
         self._pump(stream)
         self._flush()
 
-    def refuse(self, stream: _Stream, error: RemoraError) -> None:
+    def refuse(self, stream: Stream, error: RemoraError) -> None:
         """Send a status without a message."""
         if stream.body is not None:
             stream.body.drop()
@@ -338,7 +263,7 @@ class Http2:
         self._answered(stream)
         self._flush()
 
-    def _pump(self, stream: _Stream) -> None:
+    def _pump(self, stream: Stream) -> None:
         """Send as much of a stream's answer as the client's windows let through, and the status after its end."""
         connection, out = self._h2, stream.out
         state = connection.streams[stream.id]
@@ -348,7 +273,7 @@ class Http2:
             stream.begun_s = self._now_s()
             if room <= 0:
                 return
-            size, frame = _take(out, room)
+            size, frame = take(out, room)
             connection.outbound_flow_control_window -= size
             state.outbound_flow_control_window -= size
             self._kib += size >> 10
@@ -361,14 +286,14 @@ class Http2:
         self._flush()
 
     @staticmethod
-    def _sent(stream: _Stream) -> Callable[[], None]:
+    def _sent(stream: Stream) -> Callable[[], None]:
         def sent() -> None:
             stream.sending -= 1
             stream.settle()
 
         return sent
 
-    def _answered(self, stream: _Stream) -> None:
+    def _answered(self, stream: Stream) -> None:
         """The stream has its whole answer. A client that still sends is told to stop; it is not listened to."""
         self._streams.pop(stream.id, None)
         state = self._h2.streams.get(stream.id)
@@ -389,6 +314,10 @@ class Http2:
             except H2Error:
                 pass  # h2 has said so itself
             self._flush()
+
+    @property
+    def unsent_bytes(self) -> int:
+        return sum(len(piece) for stream in self._streams.values() for piece in stream.out)
 
     # -- time and end -----------------------------------------------------------------------------------------------
 
@@ -415,16 +344,3 @@ class Http2:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.drop(reason)
-
-
-def _take(out: deque[memoryview], room: int) -> tuple[int, list[memoryview]]:
-    """Take up to `room` bytes off a queue of buffers; return how many, and them."""
-    size, taken = 0, []
-    while out and size < room:
-        piece = out.popleft()
-        if len(piece) > room - size:
-            out.appendleft(piece[room - size :])
-            piece = piece[: room - size]
-        size += len(piece)
-        taken.append(piece)
-    return size, taken

@@ -1,0 +1,109 @@
+"""One gRPC call of an HTTP/2 connection: its request as it comes in, its answer as it goes out, and what both hold.
+
+The connection (`http2`) knows frames, windows and time; nothing of them is here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from remora.agent.web.exchange import Body, Exchange, Piece
+from remora.errors import RemoraError
+from remora.workers.contract import Block
+
+
+class Answers(Protocol):
+    """The connection as a call answers on it."""
+
+    def answer(self, stream: Stream, pieces: Sequence[Piece], on_sent: Callable[[], None]) -> None: ...
+
+    def refuse(self, stream: Stream, error: RemoraError) -> None: ...
+
+
+class GrpcExchange(Exchange):
+    """A unary gRPC call; `path` is `/service/Method`."""
+
+    __slots__ = ("_connection", "_stream", "path")
+
+    def __init__(self, connection: Answers, stream: Stream, body: memoryview, block: Block | None) -> None:
+        super().__init__(stream.headers, body, block)
+        self._connection = connection
+        self._stream = stream
+        self.path = stream.headers.get(":path", "")
+
+    def respond(self, pieces: Sequence[Piece], *, on_sent: Callable[[], None] | None = None) -> bool:
+        """Answer with a message. Returns False if the call was over; `on_sent` is called in any case, once."""
+        if self.ended:
+            if on_sent is not None:
+                on_sent()
+            return False
+        self._end()
+
+        def sent() -> None:
+            self.release()
+            if on_sent is not None:
+                on_sent()
+
+        self._connection.answer(self._stream, pieces, sent)
+        return True
+
+    def fail(self, error: RemoraError) -> bool:
+        """Answer with a status. Returns False if the call was over already."""
+        if self.ended:
+            return False
+        self._end()
+        self._connection.refuse(self._stream, error)
+        self.release()
+        return True
+
+
+class Stream:
+    """One call on its way in or out."""
+
+    __slots__ = ("begun_s", "body", "exchange", "headers", "id", "on_sent", "out", "prefix", "sending")
+
+    def __init__(self, stream_id: int, headers: dict[str, str], now_s: float) -> None:
+        self.id = stream_id
+        self.headers = headers
+        #: When its request began to come, or its answer to wait for the client; 0 while it is being worked on.
+        self.begun_s = now_s
+        self.prefix = b""
+        self.body: Body | None = None
+        self.exchange: GrpcExchange | None = None
+        #: What the client's windows do not let through yet.
+        self.out: deque[memoryview] = deque()
+        #: Frames that the socket has not taken yet.
+        self.sending = 0
+        self.on_sent: Callable[[], None] | None = None
+
+    def settle(self) -> None:
+        """Give the answer's memory back if nothing of it is left to send."""
+        if not self.out and not self.sending:
+            on_sent, self.on_sent = self.on_sent, None
+            if on_sent is not None:
+                on_sent()
+
+    def drop(self, reason: RemoraError) -> None:
+        """Give back what a stream that is gone holds."""
+        if self.body is not None:
+            self.body.drop()
+            self.body = None
+        self.out.clear()
+        self.settle()
+        if self.exchange is not None:
+            self.exchange.cancel(reason)
+
+
+def take(out: deque[memoryview], room: int) -> tuple[int, list[memoryview]]:
+    """Take up to `room` bytes off a queue of buffers; return how many, and them."""
+    size, taken = 0, []
+    while out and size < room:
+        piece = out.popleft()
+        if len(piece) > room - size:
+            out.appendleft(piece[room - size :])
+            piece = piece[: room - size]
+        size += len(piece)
+        taken.append(piece)
+    return size, taken
