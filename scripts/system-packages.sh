@@ -15,12 +15,13 @@ lz4                  lz4
 python3              python3
 dpkg                 dpkg
 mount                mount
+cc                   gcc libc6-dev
 "
 
 missing=()
-while read -r command package; do
+while read -r command package; do # shellcheck disable=SC2206
   [ -z "$command" ] && continue
-  command -v "$command" >/dev/null 2>&1 || missing+=("$package")
+  command -v "$command" >/dev/null 2>&1 || missing+=($package) # one or several
 done <<<"$NEEDED"
 "${PYTHON:-python3}" -c 'import ensurepip, venv' >/dev/null 2>&1 || missing+=(python3-venv)
 

@@ -14,8 +14,16 @@ from typing import Any, Protocol
 
 from remora.errors import RemoraError
 
-#: Trust domain of catalogue models: one worker serves all tenants. Every other domain is a tenant's name.
+#: Trust domain of catalogue models: one worker serves all tenants. Other domains are a tenant's name, and those of its
+#: libraries.
 SHARED = "shared"
+#: Format of a shared library.
+LIBRARY = "library"
+
+
+def library_domain(tenant: str, key: str) -> str:
+    """Return the trust domain of one library of a tenant: a worker for it alone, which may die of what it does."""
+    return f"{tenant} {LIBRARY} {key}"
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,14 @@ class ModelSource:
     key: str  # catalogue name or sha256:<hex>
     digest: str  # sha256:<hex> of the file
     path: Path  # opened by the launcher; the worker gets a descriptor
-    format: str  # "onnx"
+    format: str  # "onnx", LIBRARY
     task: str = "tensor"  # "classification", "tensor"
     manifest: Mapping[str, Any] = field(default_factory=dict)  # preprocessing, labels, ... for catalogue models
     #: As the manifest declares them; empty where nobody did.
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    #: Of a library: digest and file of the libraries that are loaded before it.
+    needs: tuple[tuple[str, Path], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,18 +76,20 @@ class TensorView:
 class Job:
     """One operation on one model for one tenant. Checked by the door; the worker checks it against the model."""
 
-    operation: str  # "infer", "classify", "compute", "noop"
-    domain: str  # SHARED or the tenant
+    operation: str  # "infer", "classify", "compute", "exec", "noop"
+    domain: str  # SHARED, the tenant, or one of its libraries
     tenant: str  # whose arena outputs are written to
     model: str  # ModelSource.key, loaded before; for compute only a name for the queue
-    inputs: tuple[TensorView, ...] = ()  # infer
+    inputs: tuple[TensorView, ...] = ()  # infer, compute, exec
     outputs: tuple[str, ...] = ()  # infer: names wanted, empty for all
     image: memoryview | None = None  # classify: encoded picture
     top: int = 5  # classify
     deadline_s: float | None = None  # on the monotonic clock
-    function: str = ""  # compute: a key of backends.linalg.FUNCTIONS
+    function: str = ""  # compute: a key of backends.linalg.FUNCTIONS; exec: a symbol
     numbers: Mapping[str, float] = field(default_factory=dict)  # compute: its scalar arguments
-    results: tuple[TensorSpec, ...] = ()  # compute: what it writes, of exactly these shapes
+    #: compute: what it writes, of exactly these shapes. exec: of at most these, and the last of `inputs` are what is in
+    #: them before; an argument's name is "<vAccel's type>:<custom type>".
+    results: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,8 @@ class JobHandle(Protocol):
 
 class Workers(Protocol):
     """Supervised workers. A worker's death is not the caller's problem: jobs in flight are run again once by a new
-    worker (operations are pure); a job that kills two workers gets an AbortedError that says so."""
+    worker (operations are pure); a job that kills two workers gets an AbortedError that says so. What a library does is
+    not known to be pure: its job is not run again."""
 
     def allocate(self, tenant: str, size_bytes: int) -> Block:
         """Return memory for an incoming message that the tenant's workers already map.
@@ -145,7 +158,7 @@ class Workers(Protocol):
         """How many jobs this model wants in flight at once: more only waits inside the worker."""
 
     def release_domain(self, domain: str) -> None:
-        """End the domain's workers and free its arenas."""
+        """End the workers of a tenant and its libraries, and free its arenas; or those of one library."""
 
     def workers(self) -> Sequence[WorkerInfo]: ...
 

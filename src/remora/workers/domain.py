@@ -26,7 +26,7 @@ from remora.errors import (
 )
 from remora.reactor import Reactor, Timer
 from remora.workers.arena import Arena
-from remora.workers.contract import ModelSource, ModelSpec, Result
+from remora.workers.contract import LIBRARY, ModelSource, ModelSpec, Result
 from remora.workers.jobs import MODELLESS, PendingJob, aligned
 from remora.workers.process import WorkerProcess
 from remora.workers.protocol import Message, error_of, specs_of, text, whole
@@ -54,9 +54,18 @@ class Domain:
     """Runs the jobs of one trust domain on one worker at a time."""
 
     def __init__(
-        self, name: str, *, shared: bool, reactor: Reactor, settings: WorkerSettings, take: Callable[[], WorkerProcess]
+        self,
+        name: str,
+        *,
+        shared: bool,
+        reactor: Reactor,
+        settings: WorkerSettings,
+        take: Callable[[], WorkerProcess],
+        threads: int = 0,
     ) -> None:
         self.name = name
+        #: Jobs that its worker runs at once.
+        self.slots = threads or settings.threads
         self.process: WorkerProcess | None = None
         self.jobs: dict[int, PendingJob] = {}
         self.waiting: deque[PendingJob] = deque()
@@ -107,6 +116,14 @@ class Domain:
 
     def _send_load(self, process: WorkerProcess, model: _Model) -> None:
         source = model.source
+        if source.format == LIBRARY:
+            model.state = "loading"
+            model.number = next(self._numbers)
+            digests = [*(digest for digest, _path in source.needs), source.digest]
+            process.tell({"t": "load", "m": model.number, "key": source.key, "format": LIBRARY, "digests": digests})
+            # Its own code runs while it is loaded (constructors), and may never come back.
+            self._reactor.call_later(self._settings.start_s, lambda: self._end_load(process, model))
+            return
         try:
             fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -118,6 +135,10 @@ class Domain:
         manifest = {key: source.manifest[key] for key in ("preprocess", "scores") if key in source.manifest}
         message = {"t": "load", "m": model.number, "key": source.key, "format": source.format, "digest": source.digest}
         process.tell({**message, "task": source.task, "manifest": manifest}, fd)
+
+    def _end_load(self, process: WorkerProcess, model: _Model) -> None:
+        if self.process is process and model.state == "loading":
+            process.kill("its library was not loaded in time")
 
     def _loaded(self, message: Message) -> None:
         number = whole(message.get("m"), "model", 1 << 62)
@@ -190,7 +211,7 @@ class Domain:
     def _start(self, pending: PendingJob) -> bool:
         """Hand a job to the worker; False if something that it needs is not there yet."""
         process = self.process
-        if process is None or not process.ready or process.dead:
+        if process is None or not process.ready or process.dead or process.leaving:
             return False
         spec, number = None, 0
         if pending.arena is not None and not self._mapped(pending.arena):
@@ -300,7 +321,8 @@ class Domain:
     def _assign(self, process: WorkerProcess) -> None:
         self._failed_starts = 0
         memory = self._settings.shared_memory_bytes if self._shared else self._settings.tenant_memory_bytes
-        device, threads = self._settings.device, self._settings.threads
+        device, threads = self._settings.device, self.slots
+        process.bound(memory, 0.0 if self._shared else self._settings.tenant_cpus)
         process.tell({"t": "assign", "memory": memory, "threads": threads, "device": device})
         self._advance()
 
@@ -340,10 +362,12 @@ class Domain:
         self.waiting.extendleft(reversed(survivors))
         for model in list(self._models.values()):
             # A model that was loaded before is not what kills workers while they start again: it is not given up.
-            if model.state == "loading" and model.spec is None:
+            if model.state == "loading" and (model.spec is None or model.source.format == LIBRARY):
                 model.deaths += 1
             model.state = "wanted"
-            if model.deaths >= 2:
+            if model.source.format == LIBRARY and model.deaths:
+                self._give_up_model(model, AbortedError(f"the library's worker died while it loaded it: {reason}"))
+            elif model.deaths >= 2:
                 self._give_up_model(model, AbortedError(f"two workers died while they loaded this model: {reason}"))
         if self._failed_starts >= _FAILED_STARTS:
             self._failed_starts = 0

@@ -75,10 +75,11 @@ class PendingJob:
         self._free_memory()
         self.sized = guess_bytes > 0
         message: Message = {"t": self.job.operation, "id": self.id}
-        if self.job.operation == "compute" and self.arena is not None:
+        if self.job.operation in ("compute", "exec") and self.arena is not None:
             self._wanted, self.sized = self.job.results, True
             self.block = self.arena.allocate(declared_bytes(self._wanted))
             message.update(f=self.job.function, n=dict(self.job.numbers), a=self.arena.id, off=self.block.offset)
+            message["m"] = number
             message["in"] = self._inputs()
             message["out"] = [[spec.name, spec.dtype, spec.shape] for spec in self._wanted]
         elif spec is not None and self.arena is not None:
@@ -138,7 +139,7 @@ class PendingJob:
                 ),
                 run_us=run_us,
             )
-        if self.job.operation in ("infer", "compute") and self.block is not None and self.arena is not None:
+        if self.job.operation in ("infer", "compute", "exec") and self.block is not None and self.arena is not None:
             memory, block = self.arena.memory, self.block
             places = outputs_of(message.get("out"), self._wanted, block.offset, block.size)
             views = tuple(
@@ -170,6 +171,9 @@ class PendingJob:
         """Note the death of its worker; returns the error if the job is over with it."""
         if self.error is not None:
             return self.error
+        if self.job.operation == "exec":
+            text = f"the library's worker died while it ran {self.job.function}: {reason}"
+            return AbortedError(text, fix="it was not run again: what a library did before may matter")
         self.attempts += blamed
         if self.attempts >= 2:
             return AbortedError(f"two workers died while they ran this job; the last one: {reason}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from remora.errors import FailedPreconditionError
+from remora.errors import FailedPreconditionError, RemoraError
+from remora.workers import seccomp
+from remora.workers.protocol import library_path
 from remora.workers.settings import WorkerSettings
 
 #: The worker's own user and group inside its namespace: nobody.
@@ -29,7 +32,7 @@ _UID = 65534
 _IMPORTS = ("remora", "numpy", "onnx", "onnxruntime", "PIL", "simplejpeg")
 #: ONNX Runtime reads these to know the processor; they hold no secret.
 _PROCESSOR = ("/proc/cpuinfo", "/sys/devices/system/cpu")
-_BOOT = "import sys; sys.path[:0] = sys.argv[1].split(':'); from remora.workers.main import main; main(sys.argv[2:])"
+BOOT = "import sys; sys.path[:0] = sys.argv[1].split(':'); from remora.workers.main import main; main(sys.argv[2:])"
 _FIX_BWRAP = "apt-get install bubblewrap, or set worker confinement to 'none' if you accept unconfined workers"
 _FIX_USERNS = (
     "allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
@@ -86,9 +89,18 @@ def _libraries(stdlib: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*system, *own, *linkers, *cache_file)))
 
 
-def worker_argv(settings: WorkerSettings, found: Runtime, arguments: Sequence[str], info_fd: int | None) -> list[str]:
-    """Return the command line of a worker."""
-    python = [found.python, "-I", "-S", "-B", "-c", _BOOT, ":".join(found.packages), *arguments]
+def worker_argv(
+    settings: WorkerSettings,
+    found: Runtime,
+    arguments: Sequence[str],
+    info_fd: int | None,
+    libraries: Sequence[int] = (),
+) -> list[str]:
+    """Return the command line of a worker; one for a library gets its files, open in this process, as `library_path`s.
+
+    bubblewrap copies them into the worker's own memory: there is no path by which it could reach the store.
+    """
+    python = [found.python, "-I", "-S", "-B", "-c", BOOT, ":".join(found.packages), *arguments]
     if settings.confinement == "none":
         return python
     argv = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns"]
@@ -100,8 +112,10 @@ def worker_argv(settings: WorkerSettings, found: Runtime, arguments: Sequence[st
         argv += ["--ro-bind", path, path]
     for path in _PROCESSOR:
         argv += ["--ro-bind-try", path, path]
-    for path in gpu_devices(settings):
+    for path in gpu_devices(settings) if not libraries else ():
         argv += ["--dev-bind-try", path, path]
+    for number, fd in enumerate(libraries):
+        argv += ["--perms", "0500", "--ro-bind-data", str(fd), library_path(number)]
     argv += ["--dir", "/empty", "--chdir", "/empty", "--remount-ro", "/"]
     if info_fd is not None:
         argv += ["--info-fd", str(info_fd)]
@@ -171,16 +185,38 @@ def sweep() -> int:
     return killed
 
 
+def why_no_libraries(settings: WorkerSettings) -> RemoraError | None:
+    """Return what keeps this node from running tenants' libraries; models would run here all the same."""
+    if settings.confinement != "bubblewrap":
+        return FailedPreconditionError(
+            "libraries run in confined workers only, and workers.confinement is 'none'",
+            fix="ask the operator for workers.confinement = 'bubblewrap'",
+        )
+    if platform.machine() not in seccomp.MACHINES:
+        return FailedPreconditionError(
+            f"libraries run behind a system call filter only, and there is none for {platform.machine()}",
+            fix=f"use a node of {' or '.join(seccomp.MACHINES)}",
+        )
+    return None
+
+
 def launch(
-    settings: WorkerSettings, arguments: Sequence[str], pass_fds: Sequence[int], stderr: int, info_fd: int | None
+    settings: WorkerSettings,
+    arguments: Sequence[str],
+    pass_fds: Sequence[int],
+    stderr: int,
+    info_fd: int | None,
+    *,
+    prefix: Sequence[str] = (),
+    libraries: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a worker process.
+    """Start a worker process; `prefix` is what enters its cell.
 
     Raises:
         FailedPreconditionError: the program could not be started.
     """
-    argv = worker_argv(settings, runtime(), arguments, info_fd)
-    fds = [*pass_fds] if info_fd is None else [*pass_fds, info_fd]
+    argv = [*prefix, *worker_argv(settings, runtime(), arguments, info_fd, libraries)]
+    fds = [*pass_fds, *libraries] if info_fd is None else [*pass_fds, *libraries, info_fd]
     try:
         return subprocess.Popen(
             argv,

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -27,6 +28,7 @@ import numpy as np
 
 from remora.backends import linalg
 from remora.backends.contract import Array, Limits, LoadedModel, Spec, Stop
+from remora.backends.library import Library, Value
 from remora.backends.onnx import OnnxBackend
 from remora.backends.vision import Classifier
 from remora.errors import (
@@ -38,8 +40,9 @@ from remora.errors import (
     ResourceExhaustedError,
 )
 from remora.workers import seccomp
+from remora.workers.contract import LIBRARY
 from remora.workers.layout import Layout
-from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts
+from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts, library_path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -61,6 +64,7 @@ class Worker:
         self._control_lock = threading.Lock()
         self._arenas: dict[int, mmap.mmap] = {}
         self._models: dict[int, tuple[LoadedModel, Classifier | None]] = {}
+        self._library: Library | None = None
         self._lock = threading.Lock()
         self._running: dict[int, Stop] = {}
         self._stopped_early: dict[int, None] = {}
@@ -93,6 +97,8 @@ class Worker:
             self._tell({"t": "arena", "id": message["id"]})
         elif kind == "drop":
             self._arenas.pop(message["id"], None)
+        elif kind == "load" and message["format"] == LIBRARY:
+            self._load_library(message)
         elif kind == "load":
             threading.Thread(target=self._load, args=(message, fd), daemon=True).start()
         elif kind == "unload":
@@ -135,6 +141,18 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - the border of a hostile model: reported, never swallowed
             answer = {"t": "refused", "m": number, "error": error_parts(_unexpected(error))}
         self._tell(answer)
+
+    def _load_library(self, message: Message) -> None:
+        """Load the one library that this process is for; from then on no file is opened."""
+        number, digests = message["m"], message["digests"]
+        try:
+            self._library = Library([Path(library_path(index)) for index in range(len(digests))], digests)
+            if not seccomp.install("library"):
+                raise InternalError("there is no system call filter for this machine")
+        except RemoraError as error:
+            self._tell({"t": "refused", "m": number, "error": error_parts(error)})
+            return
+        self._tell({"t": "loaded", "m": number, "inputs": [], "outputs": [], "device": "cpu", "mem": 0})
 
     def _tell(self, message: Message) -> None:
         with self._control_lock:
@@ -193,6 +211,8 @@ class Worker:
             return {"t": "done", "id": job["id"]}
         if job["t"] == "compute":
             return {"t": "done", "id": job["id"], "out": self._calculate(job, stop)}
+        if job["t"] == "exec":
+            return {"t": "done", "id": job["id"], "out": self._exec(job)}
         model, classifier = self._models.get(job["m"], (None, None))
         if model is None:
             raise InternalError("the model is not loaded in this worker")
@@ -220,6 +240,24 @@ class Worker:
         arrays = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
         linalg.compute(job["f"], arrays, job["n"], into, stop)
         return layout.places(job["off"])
+
+    def _exec(self, job: Message) -> list[list[object]]:
+        if self._library is None:
+            raise InternalError("no library is loaded in this worker")
+        memory = memoryview(self._arenas[job["a"]])
+        values = []
+        for name, _dtype, _shape, offset, size in job["in"]:
+            kind, _, custom = name.partition(":")
+            values.append(Value(memory[offset : offset + size], int(kind), int(custom)))
+        layout = Layout([Spec(name, dtype, tuple(shape)) for name, dtype, shape in job["out"]])
+        first = len(values) - len(layout.specs)
+        results = self._library.call(job["f"], values[:first], values[first:])
+        places: list[list[object]] = []
+        for spec, offset, result in zip(layout.specs, layout.offsets, results, strict=True):
+            start = job["off"] + offset
+            memory[start : start + len(result)] = result
+            places.append([spec.name, spec.dtype, [len(result)], start, len(result)])
+        return places
 
     def _infer(self, job: Message, model: LoadedModel, memory: mmap.mmap, stop: Stop) -> list[list[object]]:
         feeds = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
@@ -301,11 +339,14 @@ def _confine_self(open_files: int, processes: int) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve: job socket, control socket, open files, processes, model bytes, pixels, seccomp, all as numbers."""
+    """Serve: job socket, control socket, open files, processes, model bytes, pixels, filter, all as numbers.
+
+    The filter is 0 for none, 1 for models, 2 for a library.
+    """
     job_fd, control_fd, open_files, processes, model_bytes, pixels, filtered = (int(part) for part in argv)
     _confine_self(open_files, processes)
     if filtered:
-        seccomp.install()
+        seccomp.install("models" if filtered == 1 else "loading")
     threading.excepthook = _end
     limits = Limits(model_bytes=model_bytes, pixels=pixels)
     worker = Worker(socket.socket(fileno=job_fd), socket.socket(fileno=control_fd), limits)

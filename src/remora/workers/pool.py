@@ -7,19 +7,22 @@ its model only. It is never reused: a worker that has served a domain ends with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import count
 
-from remora.errors import CancelledError, InvalidArgumentError, RemoraError, UnavailableError
+from remora.errors import CancelledError, InvalidArgumentError, NotFoundError, RemoraError, UnavailableError
 from remora.reactor import Reactor, Timer
 from remora.workers import launcher
 from remora.workers.arena import Arena, ArenaBlock
-from remora.workers.contract import SHARED, Job, ModelSource, WorkerInfo
+from remora.workers.cells import Cells
+from remora.workers.contract import LIBRARY, SHARED, Job, ModelSource, WorkerInfo, library_domain
 from remora.workers.domain import Domain, LoadDone
 from remora.workers.jobs import Done, PendingJob
 from remora.workers.process import WorkerProcess, memory_bytes
 from remora.workers.settings import WorkerSettings
 
-_OPERATIONS = ("infer", "classify", "compute", "noop")
+_OPERATIONS = ("infer", "classify", "compute", "exec", "noop")
 #: A new spare starts this long after the last was taken, so that it does not compete with the one who took it.
 _SPARE_DELAY_S = 1.0
 
@@ -51,6 +54,9 @@ class WorkerPool:
         launcher.probe(self._settings)
         if self._settings.confinement == "bubblewrap":
             launcher.sweep()
+        self._cells = Cells(self._settings)
+        #: What holds workers besides their namespaces, for the log.
+        self.confinement = self._cells.report
         self._domains: dict[str, Domain] = {}
         self._arenas: dict[str, Arena] = {}
         self._spares: list[WorkerProcess] = []
@@ -66,6 +72,19 @@ class WorkerPool:
         return self._arena(tenant).allocate(size_bytes)
 
     def load(self, domain: str, source: ModelSource, done: LoadDone) -> None:
+        if source.format == LIBRARY and domain not in self._domains:
+            problem = launcher.why_no_libraries(self._settings)
+            if problem is not None:
+                self._reactor.call_soon(lambda: done(problem))
+                return
+            self._domains[domain] = Domain(
+                domain,
+                shared=False,
+                reactor=self._reactor,
+                settings=self._settings,
+                take=partial(self._launch_library, source),
+                threads=1,  # libraries need not be safe for threads; and whose job ended the worker is certain
+            )
         self._domain(domain).load(source, done)
 
     def unload(self, domain: str, key: str) -> None:
@@ -86,12 +105,15 @@ class WorkerPool:
 
     def slots(self, domain: str, model: str) -> int:
         # One more than run at once waits in the worker, so that no thread idles while the agent answers the last one.
-        return self._settings.threads + 1
+        known = self._domains.get(domain)
+        return self._settings.threads + 1 if known is None or known.slots > 1 else 1
 
     def release_domain(self, domain: str) -> None:
-        known = self._domains.pop(domain, None)
-        if known is not None:
-            known.close(CancelledError("the session that this job belonged to has ended"))
+        libraries = [name for name in self._domains if name.startswith(library_domain(domain, ""))]
+        for name in (domain, *libraries):
+            known = self._domains.pop(name, None)
+            if known is not None:
+                known.close(CancelledError("the session that this job belonged to has ended"))
         arena = self._arenas.pop(domain, None)
         if arena is not None:
             for other in self._domains.values():
@@ -116,6 +138,7 @@ class WorkerPool:
             process.wait()
         for arena in self._arenas.values():
             arena.close()
+        self._cells.close()
         self._domains.clear()
         self._arenas.clear()
         self._spares.clear()
@@ -146,8 +169,25 @@ class WorkerPool:
         return process
 
     def _launch(self) -> WorkerProcess:
-        self._all = {process for process in self._all if not process.reaped}
-        process = WorkerProcess(self._reactor, self._settings)
+        return self._started(WorkerProcess(self._reactor, self._settings, self._cells.make))
+
+    def _launch_library(self, source: ModelSource) -> WorkerProcess:
+        """Start a worker for one library; its files are copied into it as it starts.
+
+        Raises:
+            NotFoundError: a file is gone.
+        """
+        with ExitStack() as stack:
+            files = []
+            for path in (*(path for _digest, path in source.needs), source.path):
+                try:
+                    files.append(stack.enter_context(path.open("rb")).fileno())
+                except OSError as error:
+                    raise NotFoundError(f"a file of library {source.key} cannot be opened: {error.strerror}") from error
+            return self._started(WorkerProcess(self._reactor, self._settings, self._cells.make, files))
+
+    def _started(self, process: WorkerProcess) -> WorkerProcess:
+        self._all = {known for known in self._all if not known.reaped}
         self._all.add(process)
         return process
 
@@ -166,7 +206,7 @@ class WorkerPool:
             id=process.id,
             pid=process.pid,
             domain=domain.name if domain is not None else "",
-            backend="onnx",
+            backend=LIBRARY if domain is not None and f" {LIBRARY} " in domain.name else "onnx",
             models=domain.models() if domain is not None else (),
             busy=len(domain.jobs) if domain is not None else 0,
             restarts=domain.restarts if domain is not None else 0,

@@ -14,12 +14,14 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 
 from remora.errors import ProtocolError, RemoraError
 from remora.reactor import READ, WRITE, Reactor, Timer
 from remora.workers import launcher
+from remora.workers.cells import Cell
+from remora.workers.cgroups import Bounds
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode
 from remora.workers.settings import WorkerSettings
 
@@ -31,6 +33,10 @@ _PER_TURN = 32
 _SOCKET_BYTES = 1 << 20
 #: How long to wait for the pid of a worker that is killed while bubblewrap starts it; it takes a few milliseconds.
 _INFO_S = 1.0
+#: How long after its sockets a process may take to end.
+_STATUS_S = 0.5
+#: How long the kernel may take to clear up after a dead worker until its control group is looked at again.
+_CLEAR_S = 0.05
 
 
 class WorkerProcess:
@@ -38,7 +44,13 @@ class WorkerProcess:
 
     _ids = count(1)
 
-    def __init__(self, reactor: Reactor, settings: WorkerSettings) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        settings: WorkerSettings,
+        make_cell: Callable[[str], Cell] = Cell,
+        libraries: Sequence[int] = (),
+    ) -> None:
         self.id = f"w{next(self._ids)}"
         self.ready = False
         self.dead = False
@@ -49,7 +61,8 @@ class WorkerProcess:
         self._reactor = reactor
         self._stderr_bytes = 0
         self._last_words = b""
-        self._reason = ""
+        #: One of its sockets has ended: it takes no more jobs, and its exit status tells why.
+        self.leaving = False
         self._start_timer: Timer | None = None
         self._info_fd = -1
         with contextlib.ExitStack() as theirs:
@@ -64,14 +77,25 @@ class WorkerProcess:
                 theirs.callback(os.close, info_fd)
             # RLIMIT_NPROC counts per user namespace; without one it would count all of the operator's processes.
             processes = settings.processes if settings.confinement == "bubblewrap" else 0
-            filtered = settings.seccomp and not launcher.gpu_devices(settings)
+            # A library's worker opens no device, and goes without its filter in no case.
+            filtered = 2 if libraries else int(settings.seccomp and not launcher.gpu_devices(settings))
             numbers = (jobs_fd, control_fd, settings.open_files, processes, settings.model_bytes, settings.image_pixels)
             arguments = [str(int(number)) for number in (*numbers, filtered)]
             try:
-                self._process = launcher.launch(settings, arguments, (jobs_fd, control_fd), stderr_fd, info_fd)
+                self._cell = make_cell(self.id)
+                self._process = launcher.launch(
+                    settings,
+                    arguments,
+                    (jobs_fd, control_fd),
+                    stderr_fd,
+                    info_fd,
+                    prefix=self._cell.prefix(),
+                    libraries=libraries,
+                )
             except RemoraError:
                 self._close_fds()
                 raise
+            self._processes = settings.processes
         self.pid = self._process.pid
         self._out: dict[socket.socket, deque[tuple[bytes, int]]] = {self._jobs: deque(), self._control: deque()}
         reactor.register(self._jobs.fileno(), READ, lambda events: self._ready(self._jobs, events))
@@ -79,6 +103,13 @@ class WorkerProcess:
         reactor.register(self._stderr, READ, lambda _events: self._listen())
         self._stop_watching = reactor.watch_pid(self._process.pid, self._ended)
         self._start_timer = reactor.call_later(settings.start_s, lambda: self.kill("it did not start in time"))
+
+    def bound(self, memory_bytes: int, cpus: float) -> None:
+        """Set what the process may use, 0 for no bound. Where that fails the process is killed."""
+        try:
+            self._cell.bound(Bounds(memory_bytes, self._processes, cpus))
+        except RemoraError as error:
+            self._die_soon(error.message)
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -90,7 +121,7 @@ class WorkerProcess:
         self._send(self._control, encode(message), fd)
 
     def _send(self, sock: socket.socket, data: bytes, fd: int) -> None:
-        if self.dead:
+        if self.dead or self.leaving:
             if fd >= 0:
                 os.close(fd)
             return
@@ -100,7 +131,7 @@ class WorkerProcess:
             self._flush(sock)
 
     def _flush(self, sock: socket.socket) -> None:
-        if self.dead:
+        if self.dead or self.leaving:
             return
         queue = self._out[sock]
         while queue:
@@ -114,7 +145,7 @@ class WorkerProcess:
                 self._reactor.modify(sock.fileno(), READ | WRITE)
                 return
             except OSError:
-                self._die_soon("its socket is closed")
+                self._leave()
                 return
             queue.popleft()
             if fd >= 0:
@@ -138,7 +169,8 @@ class WorkerProcess:
                 self.kill(f"its socket failed: {error.strerror}")
                 return
             if not data:
-                self.kill(self._reason or "it ended")
+                self._reactor.unregister(sock.fileno())
+                self._leave()
                 return
             try:
                 self._take(decode(data))
@@ -219,6 +251,11 @@ class WorkerProcess:
         """Wait for a killed process and reap it."""
         self._stop_watching()
         self._process.wait()
+        self._cell.remove()
+
+    def _clear(self, attempts: int = 100) -> None:
+        if not self._cell.remove() and attempts:
+            self._reactor.call_later(_CLEAR_S, lambda: self._clear(attempts - 1))
 
     def _signal(self) -> None:
         # The worker first: one whose bubblewrap dies before letting it run waits for it forever, out of reach.
@@ -232,7 +269,14 @@ class WorkerProcess:
 
     def _ended(self) -> None:
         status = self._process.wait()
-        self.kill(f"it was ended by signal {-status}" if status < 0 else f"it exited with status {status}")
+        self.kill(self._cell.verdict() or _ending(status))
+        self._clear()
+
+    def _leave(self) -> None:
+        """A socket has ended. The exit status comes next, and says more than that."""
+        if not self.leaving:
+            self.leaving = True
+            self._reactor.call_later(_STATUS_S, lambda: self.kill("it closed its socket"))
 
     def _die_soon(self, reason: str) -> None:
         """Die from the loop, as a sender does not expect its worker to be gone on return."""
@@ -252,6 +296,15 @@ class WorkerProcess:
         if self._info_fd >= 0:
             os.close(self._info_fd)
             self._info_fd = -1
+
+
+def _ending(status: int) -> str:
+    """Say how a process ended; bubblewrap passes its child's end by signal on as 128 and the signal."""
+    number = -status if status < 0 else status - 128
+    try:
+        return f"it was ended by {signal.Signals(number).name}"
+    except ValueError:
+        return f"it exited with status {status}"
 
 
 def _unexpected(_message: Message) -> None:

@@ -6,10 +6,12 @@ thread, so there is no dispatcher between), and a cancel still arrives when all 
 
 control, agent -> worker       assign{shared, memory, threads, device}  arena{id, size}+fd  drop{id}
                                load{m, key, format, digest, task, manifest}+fd  unload{m}
+                               load{m, key, format, digests}              a library: its files are at library_path(n)
                                cancel{id}  block{id, off, len}            answer to `need`; len 0: refused
 control, worker -> agent       hello{}  arena{id}  loaded{m, inputs, outputs, device, mem}  refused{m, error}
 jobs, agent -> worker          noop{id}  infer{id, m, a, in, out, off, len}  classify{id, m, a, off, len, top}
                                compute{id, f, n, a, in, out, off}         function, numbers; `out` are specs
+                               exec{id, m, f, a, in, out, off}            symbol; the last of `in` are `out` before
 jobs, worker -> agent          done{id, us, out | labels}  failed{id, us, error}  need{id, len}
 
 `m` numbers a load, so that an answer to an earlier one is not taken for this one's. A tensor is [name, dtype, shape,
@@ -43,6 +45,11 @@ TensorPlace = tuple[str, str, tuple[int, ...], int, int]
 # the work itself when the caches are cold, as they are after each run of a model.
 _write = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _read = json.JSONDecoder().raw_decode
+
+
+def library_path(number: int) -> str:
+    """Return where a library's worker finds the n-th of its files."""
+    return f"/library/{number}"
 
 
 def encode(message: Message) -> bytes:

@@ -1,9 +1,12 @@
-"""A list of the system calls a worker may make once its code is loaded; every other one fails with EPERM.
+"""Lists of the system calls a worker may make once its code is loaded; every other one fails with EPERM.
 
 Computing needs memory, threads, clocks and the sockets that are already open. It needs no program start, no new
 process, no new socket, no ptrace, io_uring, bpf, mount or namespace: those are what an attacker inside the worker would
-reach for in the kernel. `openat` stays, as libraries look at the processor and the read-only binds; there is nothing
-else to open.
+reach for in the kernel.
+
+Where models run, `openat` stays, as their runtimes look at the processor and the read-only binds; there is nothing else
+to open. A worker for a tenant's own library has two lists: `loading` is the same, and lets a filter be added;
+`library` follows once the library is loaded, and opens, looks up and lists nothing.
 
 `clone` passes only for threads. `clone3` keeps its flags in memory, where a filter cannot look: it gets ENOSYS, upon
 which glibc uses `clone`. The filter is classic BPF, 8 bytes an instruction (linux/filter.h, linux/seccomp.h).
@@ -16,8 +19,8 @@ import errno
 import platform
 import struct
 
-_PR_SET_SECCOMP = 22
-_SECCOMP_MODE_FILTER = 2
+_SET_MODE_FILTER = 1
+_ALL_THREADS = 1  # SECCOMP_FILTER_FLAG_TSYNC
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
@@ -50,17 +53,35 @@ _AARCH64 = {
     "recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216, "mmap": 222, "mprotect": 226, "mincore": 232,
     "madvise": 233, "prlimit64": 261, "getrandom": 278, "membarrier": 283, "statx": 291, "rseq": 293,
 }  # fmt: skip
-#: machine -> (AUDIT_ARCH, allowed, clone, clone3)
-MACHINES = {"x86_64": (0xC000003E, _X86_64, 56, 435), "aarch64": (0xC00000B7, _AARCH64, 220, 435)}
+#: machine -> (AUDIT_ARCH, allowed, clone, clone3, seccomp)
+MACHINES = {"x86_64": (0xC000003E, _X86_64, 56, 435, 317), "aarch64": (0xC00000B7, _AARCH64, 220, 435, 277)}
+#: What a loaded library has no use for: files, and what would tell it about them.
+_FILES = frozenset(
+    ("openat", "access", "readlink", "readlinkat", "newfstatat", "statx", "getdents64", "getcwd", "ioctl", "dup",
+     "pipe2", "pread64", "lseek", "getsockname", "getsockopt", "mincore", "prlimit64", "sched_setaffinity", "uname")
+)  # fmt: skip
+LISTS = ("models", "loading", "library")
 
 
-def program(machine: str) -> bytes:
+def allowed(machine: str, kind: str) -> dict[str, int]:
+    """Return the system calls of one of `LISTS` with their numbers; `clone` is not among them.
+
+    Raises:
+        KeyError: there is no list for that machine.
+    """
+    _arch, names, _clone, _clone3, seccomp = MACHINES[machine]
+    if kind == "library":
+        return {name: number for name, number in names.items() if name not in _FILES}
+    return names if kind == "models" else {**names, "seccomp": seccomp}
+
+
+def program(machine: str, kind: str = "models") -> bytes:
     """Return the filter for a machine.
 
     Raises:
         KeyError: there is no list for it.
     """
-    arch, allowed, clone, clone3 = MACHINES[machine]
+    arch, _names, clone, clone3, _seccomp = MACHINES[machine]
     steps = [
         (_LOAD, 0, 0, _ARCH),
         (_EQUAL, 1, 0, arch),
@@ -74,7 +95,7 @@ def program(machine: str) -> bytes:
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _ERRNO | errno.EPERM),
     ]
-    numbers = sorted(allowed.values())
+    numbers = sorted(allowed(machine, kind).values())
     # Each comparison jumps over the rest of the list and the refusal behind it.
     steps += [(_EQUAL, len(numbers) - index, 0, number) for index, number in enumerate(numbers)]
     steps += [(_RETURN, 0, 0, _ERRNO | errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
@@ -85,19 +106,20 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
 
 
-def install() -> bool:
-    """Filter the calling thread and all it will start, for good; False on a machine without a list.
+def install(kind: str = "models") -> bool:
+    """Filter all threads of this process and all it will start, for good; False on a machine without a list.
 
-    `PR_SET_NO_NEW_PRIVS` must be set.
+    `PR_SET_NO_NEW_PRIVS` must be set. Filters add up: a call passes if each of them allows it.
 
     Raises:
         OSError: the kernel refused the filter.
     """
-    if platform.machine() not in MACHINES:
+    machine = platform.machine()
+    if machine not in MACHINES:
         return False
-    steps = program(platform.machine())
+    steps = program(machine, kind)
     filtered = _Program(len(steps) // 8, steps)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(filtered), 0, 0) != 0:
+    if libc.syscall(MACHINES[machine][4], _SET_MODE_FILTER, _ALL_THREADS, ctypes.byref(filtered)) != 0:
         raise OSError(ctypes.get_errno(), "the kernel refused the worker's system call filter")
     return True

@@ -30,7 +30,15 @@ class WorkerSettings:
     tenant_memory_bytes: int = 4096 * _MIB
     shared_memory_bytes: int = 0
     open_files: int = 256
+    #: Threads of a worker, with bubblewrap's own process; new processes are refused anyway.
     processes: int = 64
+    #: Processor time of a tenant's worker per second, where there are control groups.
+    tenant_cpus: float = field(default_factory=lambda: float(len(os.sched_getaffinity(0))))
+    #: Control groups and a user of its own for each worker, where this machine and the agent's rights allow them.
+    cgroups: bool = True
+    own_users: bool = True
+    #: Libraries that one tenant may have loaded at once, each in a worker of its own.
+    libraries: int = 4
     model_bytes: int = 1024 * _MIB
     image_pixels: int = 64_000_000
     #: How long a job that was told to stop may go on before its worker is killed.
@@ -45,7 +53,16 @@ class WorkerSettings:
             raise InvalidArgumentError(
                 f"worker confinement is {self.confinement!r}", fix=f"allowed are {', '.join(CONFINEMENTS)}"
             )
-        positive = ("threads", "arena_bytes", "output_bytes", "open_files", "processes", "model_bytes", "image_pixels")
+        positive = (
+            "threads",
+            "arena_bytes",
+            "output_bytes",
+            "open_files",
+            "processes",
+            "model_bytes",
+            "image_pixels",
+            "libraries",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"worker setting {name} is {getattr(self, name)}", fix="use 1 or more")

@@ -113,7 +113,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 def test_a_hostile_answer_costs_the_worker_its_life_and_nobody_else(
     rig: Rig, attack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("remora.workers.launcher._BOOT", BOOT.format(attack=attack))
+    monkeypatch.setattr("remora.workers.launcher.BOOT", BOOT.format(attack=attack))
     assert isinstance(rig.load(), ModelSpec)
     outcome = rig.run()
     assert type(outcome) is AbortedError
@@ -131,7 +131,7 @@ def test_descriptors_that_a_worker_sends_do_not_reach_the_agent(rig: Rig, monkey
         "socket.send_fds(jobs, [json.dumps({'t': 'failed', 'id': job['id'], 'us': 1, 'error': [3, 'x', '']}).encode()],"
         " [0, 0, 0])"
     )
-    monkeypatch.setattr("remora.workers.launcher._BOOT", BOOT.format(attack=attack))
+    monkeypatch.setattr("remora.workers.launcher.BOOT", BOOT.format(attack=attack))
     rig.load()
     rig.run()
     before = len(os.listdir("/proc/self/fd"))
@@ -149,14 +149,14 @@ except PermissionError:
     outcome = 'refused'
 say(jobs, {'t': 'failed', 'id': job['id'], 'us': 1, 'error': [3, outcome, '']})
 """
-    monkeypatch.setattr("remora.workers.launcher._BOOT", BOOT.format(attack=attack))
+    monkeypatch.setattr("remora.workers.launcher.BOOT", BOOT.format(attack=attack))
     rig.load()
     assert str(rig.run()) == "refused"
     rig.pool.allocate("mallory", 100).view[:] = bytes(100)
 
 
 def test_a_worker_that_never_says_hello_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("remora.workers.launcher._BOOT", "import sys; sys.exit('hostile from the start')")
+    monkeypatch.setattr("remora.workers.launcher.BOOT", "import sys; sys.exit('hostile from the start')")
     outcome = rig.load()
     assert type(outcome) is FailedPreconditionError
     assert "hostile from the start" in str(outcome)

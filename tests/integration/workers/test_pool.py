@@ -448,7 +448,7 @@ def test_a_model_that_kills_two_workers_while_it_loads_is_given_up(rig: Rig, mon
         "while True:\n"
         "    if json.loads(control.recv(65536))['t'] == 'load': os._exit(1)\n"
     )
-    monkeypatch.setattr("remora.workers.launcher._BOOT", boot)
+    monkeypatch.setattr("remora.workers.launcher.BOOT", boot)
     outcome = rig.load(SHARED, rig.source("identity", identity({})))
     assert type(outcome) is AbortedError
     assert "two workers died while they loaded this model" in str(outcome)
@@ -520,7 +520,7 @@ def _is_open(fd: int) -> bool:
 def test_workers_that_cannot_start_are_an_error_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path, standby=0, backoff_first_s=0.01)
     try:
-        monkeypatch.setattr("remora.workers.launcher._BOOT", "raise SystemExit('no such module')")
+        monkeypatch.setattr("remora.workers.launcher.BOOT", "raise SystemExit('no such module')")
         outcome = rig.load(SHARED, rig.source("identity", identity({})))
         assert type(outcome) is FailedPreconditionError
         assert "no such module" in str(outcome)

@@ -114,10 +114,12 @@ def judge(steps: bytes, arch: int, number: int, argument: int = 0) -> int:
             return int(value)
 
 
+@pytest.mark.parametrize("kind", seccomp.LISTS)
 @pytest.mark.parametrize("machine", list(seccomp.MACHINES))
-def test_the_filter_allows_the_list_threads_and_nothing_else(machine: str) -> None:
-    arch, allowed, clone, clone3 = seccomp.MACHINES[machine]
-    steps = seccomp.program(machine)
+def test_the_filter_allows_the_list_threads_and_nothing_else(machine: str, kind: str) -> None:
+    arch, _names, clone, clone3, _seccomp = seccomp.MACHINES[machine]
+    allowed = seccomp.allowed(machine, kind)
+    steps = seccomp.program(machine, kind)
     allow, eperm, enosys = 0x7FFF0000, 0x00050001, 0x00050026
     for number in range(600):
         expected = allow if number in allowed.values() else eperm
@@ -130,6 +132,33 @@ def test_the_filter_allows_the_list_threads_and_nothing_else(machine: str) -> No
     assert judge(steps, arch, clone, 0x10000000 | 17) == eperm  # a new user namespace
     assert judge(steps, 0x40000003, 0) == 0x80000000  # another machine's calls
     assert judge(steps, arch, 0x40000000) == eperm  # x32
+
+
+@pytest.mark.parametrize("machine", list(seccomp.MACHINES))
+def test_a_loaded_library_may_call_less_and_never_change_its_filter(machine: str) -> None:
+    models, loading, library = (set(seccomp.allowed(machine, kind)) for kind in seccomp.LISTS)
+    assert loading - models == {"seccomp"}
+    assert library < models
+    assert not library & {"openat", "newfstatat", "readlinkat", "getdents64", "ioctl", "prlimit64"}
+    assert library >= {"read", "sendto", "recvmsg", "mmap", "futex", "exit_group"}
+
+
+def test_a_librarys_worker_gets_its_files_and_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "gpu_devices", lambda _settings: ["/dev/nvidia0"])
+    argv = launcher.worker_argv(WorkerSettings(), RUNTIME, [], None, [8, 9])
+    assert [argv[index + 1 : index + 3] for index, word in enumerate(argv) if word == "--ro-bind-data"] == [
+        ["8", "/library/0"],
+        ["9", "/library/1"],
+    ]
+    assert "--dev-bind-try" not in argv
+    assert argv.index("--remount-ro") > argv.index("/library/1")
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "riscv64"])
+def test_libraries_do_not_run_where_they_cannot_be_confined(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert launcher.why_no_libraries(WorkerSettings(confinement="none")) is not None
+    assert (launcher.why_no_libraries(WorkerSettings()) is None) == (machine == "x86_64")
 
 
 def test_forbidden_calls_fail_and_computing_goes_on() -> None:
