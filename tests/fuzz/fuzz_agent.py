@@ -68,7 +68,7 @@ class FakeInstantWorkers:
         self._reactor.call_soon(lambda: done(result))
         return FakeJob(job, done)
 
-    def slots(self, _domain: str, _model: str) -> int:
+    def slots(self, _domain: str) -> int:
         return 4
 
     def release_domain(self, domain: str) -> None:

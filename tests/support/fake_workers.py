@@ -92,7 +92,7 @@ class FakeWorkers:
             outcome = CancelledError("the job was cancelled") if pending.cancelled else Result(run_us=1000)
         pending.answer(outcome)
 
-    def slots(self, domain: str, model: str) -> int:
+    def slots(self, domain: str) -> int:
         return self.slot_count
 
     def release_domain(self, domain: str) -> None:

@@ -78,7 +78,9 @@ class Core:
         self.store = Store(self.files, self.journal, self.disk, policy.store, policy.limits)
         self.sessions = Sessions(self.journal, self.store, policy.limits, time.monotonic, self._session_ended)
         self.models = Models(catalogue, workers, self.store, self.sessions, self.disk)
-        self.scheduler = FairScheduler(workers.slots, time.monotonic, policy.limits.queue_length_per_tenant)
+        self.scheduler = FairScheduler(
+            workers.slots, time.monotonic, policy.limits.queue_length_per_tenant, reactor.call_later
+        )
         self.answers = Answers(policy.limits)
         self.models.check = lambda session, model: self.quotas.terms(session.owner, session.tenant).check(
             "models", model

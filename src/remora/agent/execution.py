@@ -15,8 +15,9 @@ from remora.agent.models import Models
 from remora.agent.operations import COMPUTE, Operation
 from remora.agent.quotas import Quotas
 from remora.agent.rules import Rules
-from remora.agent.scheduler import Scheduler, Ticket
+from remora.agent.scheduler import Scheduler
 from remora.agent.sessions import Session, Sessions
+from remora.agent.tickets import Ticket
 from remora.agent.timings import Timings
 from remora.errors import CancelledError, RemoraError
 from remora.workers.contract import Job, JobHandle, ModelSpec, Result, Workers

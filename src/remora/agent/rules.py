@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from remora.agent.hints import with_retry
-from remora.agent.scheduler import EVERYONE, Share
+from remora.agent.tickets import EVERYONE, Share
 from remora.errors import InvalidArgumentError, PermissionDeniedError, RemoraError, ResourceExhaustedError
 
 #: Key -> (default, least, most, what it must be). A default of None: no bound but the node's own.

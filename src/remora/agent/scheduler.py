@@ -1,13 +1,17 @@
-"""Who goes next: a fair queue between tenants for every model, in front of a bounded number of jobs in flight.
+"""Who goes next: one fair queue between tenants for every worker, in front of a bounded number of runs in flight.
 
 Fairness is start-time fair queueing: each tenant has a virtual time that grows by the cost of what it ran, divided by
-its weight, and the tenant that is furthest behind goes next. A tenant that was idle starts at the present, so it cannot
-save up. The cost of a job is estimated from the time its model took before, and corrected by the time it took.
+its weight, and the tenant that is furthest behind goes next, whichever model of the worker it asks for: device time is
+what they share. A tenant that was idle starts at the present, so it cannot save up. The cost of a request is estimated
+from what its model took before, and corrected by what it took.
 
 A priority is a head start of bounded length: a tenant may be ahead of its share by that much device time before it
 waits like everyone else. So it makes answers early and starves nobody.
 
-While tenants compete for a lane nothing waits inside the worker: a job there would be ahead of whoever comes next.
+Who is next takes others along: requests of the same form for the same model, in the order of their own turns, as many
+as the model's plan allows. They are one run, and each is charged its part. While tenants compete a batch may take
+longer than a lone run only as far as it spares them as many turns, and nothing waits inside the worker: a run there
+would be ahead of whoever comes next.
 
 No sockets, no workers: `start` and `drop` of a ticket do whatever running and refusing means.
 """
@@ -17,74 +21,20 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from remora.agent.hints import with_retry
-from remora.errors import DeadlineExceededError, RemoraError, ResourceExhaustedError
+from remora.agent.lanes import Entry, Queues, WorkerLanes
+from remora.agent.tickets import Lane, Ticket, Turn
+from remora.errors import DeadlineExceededError, ResourceExhaustedError
 
-#: (trust domain, model).
-Lane = tuple[str, str]
-#: What a job of a model that never ran is expected to cost.
-_FIRST_GUESS_US = 1000.0
-#: Weight of the newest measurement in the estimate.
-_SMOOTHING = 0.2
 #: Head start of one step of priority.
 _HEAD_START_US = 50_000.0
-#: Tenants compete in a lane for this long after two of them last took turns.
-_CONTENDED_S = 1.0
-#: Below this a job that waits inside the worker delays nobody noticeably, and saves a turn of the agent's loop.
-_SHORT_US = 1000.0
-#: An estimate older than this, and than ten times itself, refuses nobody: the next run shows what is true now.
-_STALE_S = 1.0
+#: How many tenants who cannot join are looked at for company.
+_LOOK_AHEAD = 64
 #: Deadlines of tickets that wait no more, beyond which the list is cleaned.
 _SLACK = 1000
 _NODE_RULE = "limits.queue_length_per_tenant"
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What policy grants a tenant of every lane."""
-
-    weight: float = 1.0
-    priority: int = 0
-    #: Requests that run at once; 0: no bound.
-    concurrent: int = 0
-    #: Requests that wait; 0: the node's own bound.
-    queue: int = 0
-    #: The rule that bounds the queue, as its refusal names it.
-    queue_rule: str = ""
-
-
-EVERYONE = Share()
-
-
-class Ticket:
-    """A request that waits for its turn."""
-
-    __slots__ = ("charged_us", "deadline_s", "drop", "lane", "share", "start", "state", "tenant")
-
-    WAITING, RUNNING, ENDED = range(3)
-
-    def __init__(
-        self,
-        tenant: str,
-        lane: Lane,
-        start: Callable[[], None],
-        drop: Callable[[RemoraError], None],
-        deadline_s: float | None = None,
-        share: Share = EVERYONE,
-    ) -> None:
-        self.share = share
-        self.tenant = tenant
-        self.lane = lane
-        #: Called when its turn has come.
-        self.start = start
-        #: Called instead, when it will never come.
-        self.drop = drop
-        self.deadline_s = deadline_s
-        self.charged_us = 0.0
-        self.state = Ticket.WAITING
 
 
 class Scheduler(Protocol):
@@ -99,7 +49,7 @@ class Scheduler(Protocol):
         """
 
     def finished(self, ticket: Ticket, run_us: int, *, measured: bool = True) -> None:
-        """The ticket's job ended after `run_us`; the next may start. Not `measured`: charged, but nothing learnt."""
+        """The ticket's job ended; its part of the run was `run_us`. Not `measured`: charged, but nothing learnt."""
 
     def cancel(self, ticket: Ticket) -> bool:
         """Take a waiting ticket out of the queue without calling it. False if it waits no more."""
@@ -108,62 +58,25 @@ class Scheduler(Protocol):
         """Drop the tickets whose deadline is over."""
 
 
-class _Queues:
-    """The waiting tickets of one lane."""
-
-    __slots__ = (
-        "by_tenant",
-        "capped",
-        "contended_until_s",
-        "deviation_us",
-        "estimate_us",
-        "last_tenant",
-        "measured_s",
-        "order",
-        "running",
-        "runs",
-    )
-
-    def __init__(self) -> None:
-        self.by_tenant: dict[str, deque[Ticket]] = {}
-        #: Tenants that wait for one of their own requests to end, with the serial of their entry.
-        self.capped: dict[str, int] = {}
-        self.contended_until_s = 0.0
-        self.last_tenant = ""
-        self.deviation_us = 0.0
-        self.measured_s = 0.0
-        self.runs = 0
-        #: (virtual time when it was pushed, serial, tenant): one entry for each tenant that waits.
-        self.order: list[tuple[float, int, str]] = []
-        self.running = 0
-        self.estimate_us = _FIRST_GUESS_US
-
-    def learn(self, run_us: int, now_s: float) -> None:
-        off = run_us - self.estimate_us
-        # The first run says more than the guess, though it may be a slow one.
-        self.estimate_us += (_SMOOTHING if self.runs else 1.0) * off
-        self.deviation_us += _SMOOTHING * (abs(off) - self.deviation_us) if self.runs else 0.0
-        self.runs += 1
-        self.measured_s = now_s
-
-    def least_us(self, now_s: float) -> float:
-        """Return how long a run takes at least, as far as that is known; 0 if it is not."""
-        age_s = now_s - self.measured_s
-        if self.runs < 3 or (age_s > _STALE_S and age_s > self.estimate_us / 1e5):
-            return 0.0
-        return max(0.0, self.estimate_us - 2 * self.deviation_us)
-
-
 class FairScheduler:
     """See the module's docstring and `Scheduler`."""
 
     def __init__(
-        self, slots: Callable[[str, str], int], now_s: Callable[[], float], queue_length_per_tenant: int
+        self,
+        slots: Callable[[str], int],
+        now_s: Callable[[], float],
+        queue_length_per_tenant: int,
+        call_later: Callable[[float, Callable[[], None]], object] | None = None,
     ) -> None:
         self._slots = slots
         self._now_s = now_s
         self._queue_length = queue_length_per_tenant
-        self._lanes: dict[Lane, _Queues] = {}
+        self._call_later = call_later
+        #: Starts several tickets as one run; without it each runs by itself.
+        self.together: Callable[[list[Ticket]], None] | None = None
+        #: Called when nothing of a lane waits or runs any more.
+        self.on_idle: Callable[[Lane], None] = lambda _lane: None
+        self._workers: dict[str, WorkerLanes] = {}
         self._virtual: dict[str, float] = {}
         self._present = 0.0
         #: Tickets of each tenant that are with a worker, and that wait.
@@ -174,11 +87,11 @@ class FairScheduler:
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._serial = 0
 
+    # -- coming -------------------------------------------------------------------------------------------------------
+
     def submit(self, ticket: Ticket) -> None:
         tenant, share, now_s = ticket.tenant, ticket.share, self._now_s()
-        lane = self._lanes.get(ticket.lane)
-        if lane is None:
-            lane = self._lanes[ticket.lane] = _Queues()
+        worker, lane = self._lane(ticket.lane)
         most = share.queue or self._queue_length
         if self.waiting[tenant] >= most:
             raise with_retry(
@@ -186,47 +99,71 @@ class FairScheduler:
                     f"{most} requests of this tenant wait already ({share.queue_rule or _NODE_RULE})",
                     fix="send fewer at a time, or ask the operator to raise it",
                 ),
-                lane.estimate_us / 1e6,
+                lane.times.estimate_us / 1e6,
             )
         self._check_time(lane, ticket, now_s)
-        if lane.last_tenant != tenant:
-            if lane.last_tenant:
-                lane.contended_until_s = now_s + _CONTENDED_S
-            lane.last_tenant = tenant
+        lane.plan = ticket.plan
+        ticket.since_s = now_s
+        worker.came(tenant, now_s)
         if tenant not in self._active:
             self._virtual[tenant] = max(self._floor(), self._virtual.get(tenant, 0.0))
         self._active[tenant] += 1
-        if not lane.order and lane.running < self._room(ticket.lane, lane) and not self._at_cap(ticket):
-            self._start(lane, ticket)
+        worker.active[tenant] += 1
+        lane.count += 1
+        free = not worker.order and not lane.held and worker.running < self._room(worker)
+        if free and not lane.full and not self._at_cap(ticket) and not self._holds(worker, lane, ticket, ticket.rows):
+            worker.running += 1
+            lane.running += 1
+            self._charge(lane, ticket)
+            self._start([ticket])
             return
-        self._wait(lane, ticket)
-        self._pump(ticket.lane, lane)
+        self._wait(worker, lane, ticket)
+        self._pump(worker)
 
-    def _room(self, key: Lane, lane: _Queues) -> int:
-        """Return how many jobs of the lane may be with its worker now."""
-        slots = self._slots(*key)
-        if slots > 1 and lane.estimate_us > _SHORT_US and self._now_s() < lane.contended_until_s:
-            return slots - 1
-        return slots
+    def _lane(self, key: Lane) -> tuple[WorkerLanes, Queues]:
+        worker = self._workers.get(key[0])
+        if worker is None:
+            worker = self._workers[key[0]] = WorkerLanes(key[0])
+        return worker, worker.lane(key[1])
+
+    def seed(self, key: Lane, curve: dict[int, float]) -> None:
+        """Tell what runs of a model are known to take: rows -> microseconds."""
+        self._lane(key)[1].times.seed(curve)
+
+    def _room(self, worker: WorkerLanes) -> int:
+        return worker.room(self._slots(worker.domain), self._now_s())
 
     def _floor(self) -> float:
-        """Return where a tenant that comes back starts: level with whoever is furthest behind, in any lane.
+        """Return where a tenant that comes back starts: level with whoever is furthest behind, in any worker.
 
-        The furthest ahead would not do: a flood of one lane would make those who join another wait for as long.
+        The furthest ahead would not do: a flood of one worker would make those who join another wait for as long. What
+        runs is charged already; nobody starts behind that, or a flood would always have one more turn first.
         """
-        return min((self._virtual[tenant] for tenant in self._active), default=self._present)
+        return min(self._present, min((self._virtual[tenant] for tenant in self._active), default=self._present))
 
     def _at_cap(self, ticket: Ticket) -> bool:
         return bool(ticket.share.concurrent) and self.running[ticket.tenant] >= ticket.share.concurrent
 
-    def _check_time(self, lane: _Queues, ticket: Ticket, now_s: float) -> None:
+    def _holds(self, worker: WorkerLanes, lane: Queues, ticket: Ticket, waiting_rows: int) -> bool:
+        """True if the ticket waits for company; then it is looked at again when it has waited long enough."""
+        if self._call_later is None or not worker.wants_company(lane, ticket, waiting_rows, self._now_s()):
+            return False
+
+        def look_again() -> None:
+            worker.release(lane)
+            self._pump(worker)
+
+        self._call_later(max(0.0, ticket.since_s + lane.plan.wait_s - self._now_s()), look_again)
+        return True
+
+    def _check_time(self, lane: Queues, ticket: Ticket, now_s: float) -> None:
         """Refuse what cannot be answered in time even if all goes well."""
         if ticket.deadline_s is None:
             return
-        run_us, left_us = lane.least_us(now_s), (ticket.deadline_s - now_s) * 1e6
-        own = len(lane.by_tenant.get(ticket.tenant, ()))
+        run_us, left_us = lane.times.least_us(now_s), (ticket.deadline_s - now_s) * 1e6
+        own = len(lane.by_tenant.get(ticket.tenant, ())) / max(1, ticket.plan.rows)
         # The tenant's own requests go first in any case; what of others' goes first depends on what still comes.
-        needed_us = run_us * (1 + own / max(1, self._slots(*ticket.lane)))
+        needed_us = run_us * (1 + own / max(1, self._slots(ticket.lane[0])))
         if needed_us > left_us:
             raise DeadlineExceededError(
                 f"the answer would be too late: it takes about {needed_us / 1000:.0f} ms, "
@@ -234,15 +171,18 @@ class FairScheduler:
                 fix="allow more time, or send fewer requests at once",
             )
 
-    def _wait(self, lane: _Queues, ticket: Ticket) -> None:
+    def _wait(self, worker: WorkerLanes, lane: Queues, ticket: Ticket) -> None:
         self.waiting[ticket.tenant] += 1
+        lane.waiting_rows += ticket.rows
         self._serial += 1
         queue = lane.by_tenant.get(ticket.tenant)
         if queue is None:
             lane.by_tenant[ticket.tenant] = deque((ticket,))
-            heapq.heappush(lane.order, (self._key(ticket), self._serial, ticket.tenant))
+            heapq.heappush(worker.order, (self._key(ticket), self._serial, ticket.tenant, lane))
         else:
             queue.append(ticket)
+        if lane.held and not lane.full:
+            worker.release(lane)  # this one may be the company that they wait for
         if ticket.deadline_s is not None:
             heapq.heappush(self._deadlines, (ticket.deadline_s, self._serial, ticket))
             if len(self._deadlines) > 2 * self.waiting.total() + _SLACK:
@@ -250,88 +190,153 @@ class FairScheduler:
                 self._deadlines = [entry for entry in self._deadlines if entry[2].state == Ticket.WAITING]
                 heapq.heapify(self._deadlines)
 
-    def _pump(self, key: Lane, lane: _Queues) -> None:
-        while lane.order and lane.running < self._room(key, lane):
-            ticket = self._next(lane)
-            if ticket is not None:
-                self._start(lane, ticket)
+    # -- taking turns -------------------------------------------------------------------------------------------------
 
-    def _next(self, lane: _Queues) -> Ticket | None:
-        pushed_at, serial, tenant = heapq.heappop(lane.order)
+    def _pump(self, worker: WorkerLanes) -> None:
+        while worker.order and worker.running < self._room(worker):
+            entry = heapq.heappop(worker.order)
+            lane = entry[3]
+            ticket = self._head(worker, entry)
+            if ticket is None:
+                continue
+            if lane.full or self._holds(worker, lane, ticket, lane.waiting_rows):
+                lane.held.append(entry)
+                continue
+            worker.running += 1
+            lane.running += 1
+            self._draw(worker, lane, entry, ticket)
+            self._start(self._company(worker, lane, ticket))
+
+    def _head(self, worker: WorkerLanes, entry: Entry) -> Ticket | None:
+        """Return the ticket whose turn an entry is, or None if it has none, or stands further back by now."""
+        pushed_at, serial, tenant, lane = entry
         queue = lane.by_tenant[tenant]
         if not queue:  # all were cancelled
             del lane.by_tenant[tenant]
             return None
-        if self._at_cap(queue[0]):
+        ticket = queue[0]
+        if self._at_cap(ticket):
             lane.capped[tenant] = serial
-            self._capped.setdefault(tenant, set()).add(queue[0].lane)
+            self._capped.setdefault(tenant, set()).add(lane.key)
             return None
-        now = self._key(queue[0])
-        if now > pushed_at:  # it ran meanwhile, here or in another lane: it stands further back
-            heapq.heappush(lane.order, (now, serial, tenant))
+        now = self._key(ticket)
+        if now > pushed_at:  # it ran meanwhile, here or in another lane
+            heapq.heappush(worker.order, (now, serial, tenant, lane))
             return None
-        ticket = queue.popleft()
-        if queue:
-            heapq.heappush(lane.order, (now, serial, tenant))
-        else:
-            del lane.by_tenant[tenant]
-        self._leave_queue(ticket)
         now_s = self._now_s()
-        if ticket.deadline_s is not None and ticket.deadline_s - lane.least_us(now_s) / 1e6 <= now_s:
+        if ticket.deadline_s is not None and ticket.deadline_s - lane.times.least_us(now_s) / 1e6 <= now_s:
+            heapq.heappush(worker.order, entry)
+            self._leave_queue(lane, queue.popleft())
             self._drop_late(ticket)
             return None
         return ticket
 
+    def _draw(self, worker: WorkerLanes, lane: Queues, entry: Entry, ticket: Ticket) -> None:
+        """Take the ticket out of its queue and charge it; its tenant's next one stands behind the other lanes'."""
+        queue = lane.by_tenant[ticket.tenant]
+        queue.popleft()
+        self._leave_queue(lane, ticket)
+        self._charge(lane, ticket)
+        if queue:
+            self._serial += 1
+            heapq.heappush(worker.order, (self._key(queue[0]), self._serial, ticket.tenant, lane))
+        else:
+            del lane.by_tenant[ticket.tenant]
+
+    def _company(self, worker: WorkerLanes, lane: Queues, first: Ticket) -> list[Ticket]:
+        """Return the ticket and those that run with it, drawn in the order of their turns."""
+        tickets, rows = [first], first.rows
+        if first.form is None or self.together is None or lane.plan.rows <= rows:
+            return tickets
+        limit_us = worker.limit_us(lane, rows, self._slots(worker.domain), self._now_s())
+        latest_s = first.deadline_s
+        aside: list[Entry] = []
+        while worker.order and rows < lane.plan.rows and len(aside) < _LOOK_AHEAD:
+            entry = heapq.heappop(worker.order)
+            if entry[3] is not lane:
+                aside.append(entry)
+                continue
+            ticket = self._head(worker, entry)
+            if ticket is None:
+                continue
+            together, run_us = rows + ticket.rows, lane.times.of_rows_us(rows + ticket.rows)
+            ends_s = self._now_s() + run_us / 1e6
+            deadlines = [one for one in (latest_s, ticket.deadline_s) if one is not None]
+            fits = together <= lane.plan.rows and run_us <= limit_us and (not deadlines or ends_s <= min(deadlines))
+            if ticket.form != first.form or not fits:
+                aside.append(entry)
+                continue
+            self._draw(worker, lane, entry, ticket)
+            tickets.append(ticket)
+            rows, latest_s = together, min(deadlines, default=None)
+        for entry in aside:
+            heapq.heappush(worker.order, entry)
+        return tickets
+
     def _key(self, ticket: Ticket) -> float:
         return self._virtual[ticket.tenant] - ticket.share.priority * _HEAD_START_US
 
-    def _start(self, lane: _Queues, ticket: Ticket) -> None:
+    def _charge(self, lane: Queues, ticket: Ticket) -> None:
         ticket.state = Ticket.RUNNING
-        ticket.charged_us = lane.estimate_us
+        ticket.charged_us = lane.times.share_us
         # A head start that nobody competes with costs nothing.
         alone = len(self._active) == 1
         self._present = max(self._present, self._virtual[ticket.tenant] if alone else self._key(ticket))
         self._virtual[ticket.tenant] += ticket.charged_us / ticket.share.weight
-        lane.running += 1
         self.running[ticket.tenant] += 1
-        ticket.start()
+
+    def _start(self, tickets: list[Ticket]) -> None:
+        turn = Turn(len(tickets), sum(ticket.rows for ticket in tickets))
+        for ticket in tickets:
+            ticket.turn = turn
+        if len(tickets) > 1 and self.together is not None:
+            self.together(tickets)
+        else:
+            tickets[0].start()
+
+    # -- ending -------------------------------------------------------------------------------------------------------
 
     def finished(self, ticket: Ticket, run_us: int, *, measured: bool = True) -> None:
-        if ticket.state != Ticket.RUNNING:
+        turn = ticket.turn
+        if ticket.state != Ticket.RUNNING or turn is None:
             return
         ticket.state = Ticket.ENDED
-        lane, tenant = self._lanes[ticket.lane], ticket.tenant
-        lane.running -= 1
+        worker, lane = self._lane(ticket.lane)
+        tenant = ticket.tenant
+        turn.left -= 1
+        turn.run_us += run_us
+        turn.learn = turn.learn and measured
         self.running[tenant] -= 1
         if not self.running[tenant]:
             del self.running[tenant]
         if run_us > 0:
             self._virtual[tenant] += (run_us - ticket.charged_us) / ticket.share.weight
-            if measured:
-                lane.learn(run_us, self._now_s())
+        if not turn.left:
+            worker.turn_ended(lane, turn, self._now_s())
         for key in self._capped.pop(tenant, ()):
             self._uncap(key, tenant)
         self._end(ticket)
-        self._pump(ticket.lane, lane)
+        self._pump(worker)
+        if not lane.count:
+            self.on_idle(lane.key)
 
     def _uncap(self, key: Lane, tenant: str) -> None:
         """One of the tenant's requests ended: it may have a turn in the lane again."""
-        lane = self._lanes.get(key)
-        serial = lane.capped.pop(tenant, None) if lane is not None else None
-        if lane is not None and serial is not None:
+        worker, lane = self._lane(key)
+        serial = lane.capped.pop(tenant, None)
+        if serial is not None:
             queue = lane.by_tenant[tenant]
             if not queue:
                 del lane.by_tenant[tenant]
                 return
-            heapq.heappush(lane.order, (self._key(queue[0]), serial, tenant))
-            self._pump(key, lane)
+            heapq.heappush(worker.order, (self._key(queue[0]), serial, tenant, lane))
+            self._pump(worker)
 
     def cancel(self, ticket: Ticket) -> bool:
         if ticket.state != Ticket.WAITING:
             return False
+        self._take_out(ticket)
         ticket.state = Ticket.ENDED
-        self._lanes[ticket.lane].by_tenant[ticket.tenant].remove(ticket)
-        self._leave_queue(ticket)
         self._end(ticket)
         return True
 
@@ -340,34 +345,50 @@ class FairScheduler:
         while self._deadlines and self._deadlines[0][0] <= now_s:
             ticket = heapq.heappop(self._deadlines)[2]
             if ticket.state == Ticket.WAITING:
-                self._lanes[ticket.lane].by_tenant[ticket.tenant].remove(ticket)
-                self._leave_queue(ticket)
+                self._take_out(ticket)
                 self._drop_late(ticket)
+
+    def busy(self, key: Lane) -> bool:
+        """True if anything of the lane waits or runs."""
+        worker = self._workers.get(key[0])
+        lane = worker.lanes.get(key[1]) if worker is not None else None
+        return lane is not None and lane.count > 0
 
     def forget(self, tenant: str) -> None:
         """Drop what is remembered of a tenant that is gone."""
         if not self._active[tenant]:
             del self._active[tenant]
             self._virtual.pop(tenant, None)
-        for key in [key for key in self._lanes if key[0] == tenant]:
-            lane = self._lanes[key]
-            if not lane.running and not lane.by_tenant:
-                del self._lanes[key]
+        worker = self._workers.get(tenant)
+        if worker is not None and not worker.active:
+            del self._workers[tenant]
+
+    def _take_out(self, ticket: Ticket) -> None:
+        lane = self._lane(ticket.lane)[1]
+        lane.by_tenant[ticket.tenant].remove(ticket)
+        self._leave_queue(lane, ticket)
 
     def _drop_late(self, ticket: Ticket) -> None:
         ticket.state = Ticket.ENDED
         self._end(ticket)
         ticket.drop(DeadlineExceededError("the deadline passed while the request waited for a worker"))
 
-    def _leave_queue(self, ticket: Ticket) -> None:
+    def _leave_queue(self, lane: Queues, ticket: Ticket) -> None:
+        lane.waiting_rows -= ticket.rows
         self.waiting[ticket.tenant] -= 1
         if not self.waiting[ticket.tenant]:
             del self.waiting[ticket.tenant]
 
     def _end(self, ticket: Ticket) -> None:
-        self._active[ticket.tenant] -= 1
-        if not self._active[ticket.tenant]:
-            del self._active[ticket.tenant]
+        tenant = ticket.tenant
+        worker, lane = self._lane(ticket.lane)
+        lane.count -= 1
+        worker.active[tenant] -= 1
+        if not worker.active[tenant]:
+            del worker.active[tenant]
+        self._active[tenant] -= 1
+        if not self._active[tenant]:
+            del self._active[tenant]
             # An idle tenant keeps what it overdrew, and nothing else: the table must not grow with every tenant seen.
-            if self._virtual[ticket.tenant] <= self._floor():
-                del self._virtual[ticket.tenant]
+            if self._virtual[tenant] <= self._floor():
+                del self._virtual[tenant]

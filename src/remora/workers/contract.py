@@ -154,8 +154,8 @@ class Workers(Protocol):
 
     def submit(self, job: Job, done: Callable[[Result | RemoraError], None]) -> JobHandle: ...
 
-    def slots(self, domain: str, model: str) -> int:
-        """How many jobs this model wants in flight at once: more only waits inside the worker."""
+    def slots(self, domain: str) -> int:
+        """How many runs the domain's worker wants in flight at once: more only waits inside it."""
 
     def release_domain(self, domain: str) -> None:
         """End the workers of a tenant and its libraries, and free its arenas; or those of one library."""

@@ -103,7 +103,7 @@ class WorkerPool:
         domain.submit(pending)
         return _Handle(domain, pending)
 
-    def slots(self, domain: str, model: str) -> int:
+    def slots(self, domain: str) -> int:
         # One more than run at once waits in the worker, so that no thread idles while the agent answers the last one.
         known = self._domains.get(domain)
         return self._settings.threads + 1 if known is None or known.slots > 1 else 1

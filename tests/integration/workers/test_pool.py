@@ -286,7 +286,7 @@ def test_a_tenant_that_asks_for_more_than_its_arena_is_refused(shared_rig: Rig) 
 
 
 def test_slots_are_the_worker_threads_and_one_that_waits(shared_rig: Rig) -> None:
-    assert shared_rig.pool.slots(SHARED, "identity") == 3
+    assert shared_rig.pool.slots(SHARED) == 3
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remora.agent.scheduler import FairScheduler, Ticket
+from remora.agent.scheduler import FairScheduler
+from remora.agent.tickets import Ticket
 from remora.errors import DeadlineExceededError, RemoraError, ResourceExhaustedError
 
 
@@ -20,10 +21,10 @@ class Bench:
         self.running: deque[Ticket] = deque()
         self.started: list[str] = []
         self.dropped: list[RemoraError] = []
-        self.scheduler = FairScheduler(lambda _domain, _model: slots, lambda: self.now_s, queue_length)
+        self.scheduler = FairScheduler(lambda _domain: slots, lambda: self.now_s, queue_length)
 
-    def submit(self, tenant: str, model: str = "m", deadline_s: float | None = None) -> Ticket:
-        ticket = Ticket(tenant, ("shared", model), lambda: self._start(ticket), self.dropped.append, deadline_s)
+    def submit(self, tenant: str, model: str = "m", deadline_s: float | None = None, domain: str = "shared") -> Ticket:
+        ticket = Ticket(tenant, (domain, model), lambda: self._start(ticket), self.dropped.append, deadline_s)
         self.scheduler.submit(ticket)
         return ticket
 
@@ -133,11 +134,30 @@ def test_a_cancelled_request_never_starts_and_frees_its_place() -> None:
     assert not bench.scheduler.cancel(waiting)
 
 
-def test_models_do_not_wait_for_each_other() -> None:
+def test_workers_do_not_wait_for_each_other() -> None:
+    bench = Bench()
+    bench.submit("a")
+    bench.submit("a", domain="a")
+    assert len(bench.started) == 2
+
+
+def test_models_of_one_worker_share_its_slots() -> None:
     bench = Bench()
     bench.submit("a", model="one")
     bench.submit("a", model="two")
+    assert len(bench.started) == 1
+    bench.finish()
     assert len(bench.started) == 2
+
+
+def test_a_tenants_flood_of_one_model_does_not_starve_its_own_requests_for_another() -> None:
+    bench = Bench()
+    for _ in range(50):
+        bench.submit("a", model="flooded")
+    ticket = bench.submit("a", model="other")
+    for _ in range(3):
+        bench.finish()
+    assert ticket.state != Ticket.WAITING
 
 
 def test_nothing_is_remembered_of_tenants_that_are_gone() -> None:
