@@ -1,7 +1,9 @@
 """Sandboxes whose socket the agent serves: attached by the host, under an identity that the guest cannot change.
 
+A sandbox is reached through a socket in its directory, or by its vsock CID where the VMM uses the kernel's vsock.
+
 An attachment outlives the agent: it is written down before it is acknowledged, and taken up again by the next agent if
-the sandbox's directory is still there. A directory that vanishes ends its attachment.
+the sandbox's directory is still there. A directory that vanishes ends its attachment; a CID stays until it is detached.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from remora.agent.identity import MAX_SOCKET_PATH, Identity, check_private_directory, of_sandbox
+from remora.agent.addresses import MAX_SOCKET_PATH
+from remora.agent.identity import Identity, check_private_directory, of_sandbox
 from remora.agent.journal import Journal
 from remora.agent.listeners import Listener, bind_unix
 from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError
@@ -25,6 +28,8 @@ OIP_SOCKET_NAME = f"channel.sock_{OIP_PORT}"
 _MODE = 0o600
 _MAX_LABELS = 64
 _MAX_LABEL = 256
+#: CIDs of guests: those below are the hypervisor's, the loopback's and the host's, the last means any (vsock(7)).
+_LEAST_CID, _MOST_CID = 3, 0xFFFFFFFE
 
 
 @dataclass
@@ -32,11 +37,18 @@ class Attachment:
     identity: Identity
     #: As `Attach` said it; empty: a tenant of its own.
     tenant: str
-    directory: Path
+    #: Where its socket is; None for one that is known by its CID alone.
+    directory: Path | None = None
     #: Device and inode of the directory: another one of the same name is another sandbox's.
-    place: tuple[int, int]
-    listeners: list[Listener]
+    place: tuple[int, int] = (0, 0)
+    listeners: list[Listener] = field(default_factory=list)
+    #: The guest's vsock CID; 0 for none.
+    cid: int = 0
     requests: int = 0
+
+    def close(self) -> None:
+        for listener in self.listeners:
+            listener.close()
 
 
 class Attachments:
@@ -60,6 +72,7 @@ class Attachments:
         self.on_oip: Callable[[Attachment, socket.socket], None] | None = None
         self._on_detached = on_detached
         self._by_sandbox: dict[str, Attachment] = {}
+        self._by_cid: dict[int, Attachment] = {}
 
     def __len__(self) -> int:
         return len(self._by_sandbox)
@@ -67,17 +80,22 @@ class Attachments:
     def all(self) -> list[Attachment]:
         return list(self._by_sandbox.values())
 
+    def of_cid(self, cid: int) -> Attachment | None:
+        """Return the sandbox whose guest has a vsock CID."""
+        return self._by_cid.get(cid)
+
     def recover(self) -> list[tuple[str, str]]:
         """Listen again for the sandboxes that the last agent served; return those that are gone, with the reason."""
         gone = []
         rows = list(self._journal.rows("SELECT sandbox, tenant, labels, directory, parent, template FROM attachments"))
+        cids = dict(self._journal.rows("SELECT sandbox, cid FROM attachment_cids"))
         for sandbox, tenant, labels, directory, parent, template in rows:
             identity = of_sandbox(sandbox, tenant, json.loads(labels), parent, bool(template))
             try:
-                self._listen(identity, tenant, Path(directory))
+                self._serve(identity, tenant, directory, cids.get(sandbox, 0))
             except RemoraError as error:
                 gone.append((sandbox, str(error)))
-                self._journal.write(("DELETE FROM attachments WHERE sandbox=?", (sandbox,)))
+                self._journal.write(*_forget(sandbox))
                 # A template whose microVM is gone may still have clones to come: its sessions stay.
                 self._on_detached(identity, identity.template)
         return gone
@@ -91,6 +109,8 @@ class Attachments:
         parent: str,
         template: bool,
         done: Callable[[RemoraError | None], None],
+        *,
+        cid: int = 0,
     ) -> None:
         """Listen for a sandbox; `done` is called once a crash cannot lose the attachment.
 
@@ -105,36 +125,54 @@ class Attachments:
         identity = of_sandbox(sandbox, tenant, labels, parent, template)
         known = self._by_sandbox.get(sandbox)
         if known is not None:
-            if known.identity == identity and known.directory == Path(directory):
+            if known.identity == identity and str(known.directory or "") == directory and known.cid == cid:
                 done(None)
                 return
             raise AlreadyExistsError(
-                f"sandbox {sandbox} is attached already, at {known.directory}", fix="detach it first"
+                f"sandbox {sandbox} is attached already, at {known.directory or f'CID {known.cid}'}",
+                fix="detach it first",
             )
-        self._listen(identity, tenant, Path(directory))
+        self._serve(identity, tenant, directory, cid)
         self._journal.write(
             (
                 "INSERT OR REPLACE INTO attachments VALUES (?,?,?,?,?,?)",
                 (sandbox, tenant, json.dumps(labels), directory, parent, int(template)),
             ),
+            *((("INSERT OR REPLACE INTO attachment_cids VALUES (?,?)", (sandbox, cid)),) if cid else ()),
             durable=True,
             done=done,
         )
 
-    def _listen(self, identity: Identity, tenant: str, directory: Path) -> None:
-        place = check_private_directory(directory)
-        attachment = Attachment(identity, tenant, directory, place, [])
-        try:
-            self._serve(attachment, SOCKET_NAME, self._on_connection)
-            if self.on_oip is not None:
-                self._serve(attachment, OIP_SOCKET_NAME, self.on_oip)
-        except RemoraError:
-            _close(attachment)
-            raise
+    def _serve(self, identity: Identity, tenant: str, directory: str, cid: int) -> None:
+        if cid and not _LEAST_CID <= cid <= _MOST_CID:
+            raise InvalidArgumentError(
+                f"{cid} is not a guest's CID", fix=f"guests have {_LEAST_CID} to {_MOST_CID}; 0 is none"
+            )
+        if cid in self._by_cid:
+            raise AlreadyExistsError(
+                f"CID {cid} belongs to sandbox {self._by_cid[cid].identity.sandbox}", fix="detach that one first"
+            )
+        if not directory and not cid:
+            raise InvalidArgumentError("the sandbox has neither a directory nor a CID", fix="give one of them")
+        attachment = Attachment(identity, tenant, cid=cid)
+        if directory:
+            self._listen(attachment, Path(directory))
         self._by_sandbox[identity.sandbox] = attachment
+        if cid:
+            self._by_cid[cid] = attachment
 
-    def _serve(self, attachment: Attachment, name: str, serve: Callable[[Attachment, socket.socket], None]) -> None:
-        path = attachment.directory / name
+    def _listen(self, attachment: Attachment, directory: Path) -> None:
+        place = check_private_directory(directory)
+        attachment.directory, attachment.place = directory, place
+        try:
+            self._open(attachment, directory / SOCKET_NAME, self._on_connection)
+            if self.on_oip is not None:
+                self._open(attachment, directory / OIP_SOCKET_NAME, self.on_oip)
+        except RemoraError:
+            attachment.close()
+            raise
+
+    def _open(self, attachment: Attachment, path: Path, serve: Callable[[Attachment, socket.socket], None]) -> None:
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
             raise InvalidArgumentError(
                 f"the socket path {path} is longer than {MAX_SOCKET_PATH} bytes", fix="use a shorter directory"
@@ -148,18 +186,21 @@ class Attachments:
         """Stop serving a sandbox. One that is not attached may still have kept sessions: they end now."""
         attachment = self._by_sandbox.pop(sandbox, None)
         if attachment is not None:
-            _close(attachment)
+            attachment.close()
+            self._by_cid.pop(attachment.cid, None)
             identity = attachment.identity
         else:
             identity = of_sandbox(sandbox, "", {}, "", False)
         keep = keep_sessions and identity.template
         self._on_detached(identity, keep)
-        self._journal.write(("DELETE FROM attachments WHERE sandbox=?", (sandbox,)), done=done)
+        self._journal.write(*_forget(sandbox), done=done)
 
     def sweep(self) -> list[str]:
         """Detach the sandboxes whose directory has vanished; return their names."""
         gone = []
         for sandbox, attachment in list(self._by_sandbox.items()):
+            if attachment.directory is None:
+                continue
             try:
                 found = attachment.directory.lstat()
                 here = (found.st_dev, found.st_ino) == attachment.place
@@ -173,13 +214,17 @@ class Attachments:
     def close(self) -> None:
         """Stop listening; the attachments stay written down for the next agent."""
         for attachment in self._by_sandbox.values():
-            _close(attachment)
+            attachment.close()
         self._by_sandbox.clear()
+        self._by_cid.clear()
 
 
-def _close(attachment: Attachment) -> None:
-    for listener in attachment.listeners:
-        listener.close()
+def _forget(sandbox: str) -> tuple[tuple[str, tuple[str]], ...]:
+    """Return the statements that forget a sandbox."""
+    return (
+        ("DELETE FROM attachments WHERE sandbox=?", (sandbox,)),
+        ("DELETE FROM attachment_cids WHERE sandbox=?", (sandbox,)),
+    )
 
 
 def _ignore(_error: RemoraError | None) -> None:

@@ -82,10 +82,8 @@ class Core:
             workers.slots, time.monotonic, policy.limits.queue_length_per_tenant, reactor.call_later
         )
         self.answers = Answers(policy.limits)
-        self.models.check = lambda session, model: self.quotas.terms(session.owner, session.tenant).check(
-            "models", model
-        )
         self.quotas = Quotas(policy.rules, time.monotonic)
+        self.models.terms = lambda session: self.quotas.terms(session.owner, session.tenant)
         self.sessions.quotas = self.store.quotas = self.quotas
         self.execution = Execution(
             workers,
@@ -137,6 +135,7 @@ class Core:
         self.metrics.came(identity.tenant)
 
     def _left(self, peer: Peer) -> None:
+        self.quotas.left(peer.identity.key)
         for run in list(peer.runs or ()):
             self.execution.cancel(run)
         for session in peer.sessions or ():

@@ -1,27 +1,22 @@
 """Who is at the other end of a socket. The answer comes from the socket alone, never from what its peer says.
 
-Three kinds: a sandbox (the socket was attached for it through the control socket), a process of this host (its user,
-from the kernel's peer credentials), and whoever reaches a loopback TCP port.
+Kinds: a sandbox (its socket or its vsock CID was attached through the control socket), a process of this host (its pod
+or its user, from the kernel's peer credentials), the holder of a certificate, and whoever reaches a loopback TCP port.
+Each has a prefix of its own, so that no name of one kind can be taken for another's.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
-import socket
 import stat
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from remora.errors import FailedPreconditionError, InvalidArgumentError, PermissionDeniedError
+from remora.errors import InvalidArgumentError, PermissionDeniedError
 
-#: sockaddr_un.sun_path holds 108 bytes with the terminating NUL (unix(7)).
-MAX_SOCKET_PATH = 107
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
-_UCRED = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,94 +54,13 @@ def of_sandbox(sandbox: str, tenant: str, labels: Mapping[str, str], parent: str
     return Identity(f"sandbox:{sandbox}", owner, sandbox, dict(labels), parent, template)
 
 
-def peer_uid(sock: socket.socket) -> int:
-    """Return the user at the other end of a Unix socket, as the kernel knows it."""
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    uid: int = _UCRED.unpack(raw)[1]
-    return uid
-
-
-def of_unix_peer(sock: socket.socket) -> Identity:
-    name = f"uid:{peer_uid(sock)}"
+def of_user(uid: int) -> Identity:
+    """Return the identity of the host's processes of a user."""
+    name = f"uid:{uid}"
     return Identity(name, name)
 
 
 TCP = Identity("tcp", "tcp")
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen: a Unix socket's `path` or `abstract` name, else host and port.
-
-    `door` is empty for ttrpc, or the one that the scheme names.
-    """
-
-    text: str
-    path: Path | None = None
-    abstract: str = ""
-    host: str = ""
-    port: int = 0
-    door: str = ""
-    #: No address of its own: the door is on the socket of every attached sandbox.
-    attached: bool = False
-
-
-#: Scheme prefixes of addresses on which other doors than ttrpc's are served.
-DOORS = ("oip",)
-
-
-def parse_listen_address(text: str) -> Address:
-    """Read an address as `parse_address` does, with `oip+` before it for the Open Inference Protocol.
-
-    `oip+attached` is that protocol for attached sandboxes, each on a socket with its identity.
-    """
-    if text == "oip+attached":
-        return Address(text, door="oip", attached=True)
-    for door in DOORS:
-        if text.startswith(f"{door}+"):
-            plain = parse_address(text.removeprefix(f"{door}+"))
-            return replace(plain, text=f"{door}+{plain.text}", door=door)
-    return parse_address(text)
-
-
-def parse_address(text: str) -> Address:
-    """Read `unix:///path`, a bare absolute path, `unix://@name` (abstract) or `tcp://host:port` on loopback.
-
-    Raises:
-        InvalidArgumentError: any other form, or a TCP address that other machines could reach.
-    """
-    if text.startswith("unix://@"):
-        name = text.removeprefix("unix://@")
-        if not name or "\0" in name or len(name.encode()) > MAX_SOCKET_PATH - 1:
-            raise InvalidArgumentError(f"{text!r} has no name that a socket can have", fix="write unix://@name")
-        return Address(text, abstract=name)
-    if text.startswith(("unix://", "/")):
-        path = Path(text.removeprefix("unix://"))
-        if not path.is_absolute():
-            raise InvalidArgumentError(f"{text} has no absolute path", fix="write unix:///absolute/path")
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-            raise InvalidArgumentError(
-                f"the socket path {path} is longer than {MAX_SOCKET_PATH} bytes", fix="choose a shorter directory"
-            )
-        return Address(f"unix://{path}", path=path)
-    if text.startswith("tcp://"):
-        host, colon, port = text.removeprefix("tcp://").rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
-            raise InvalidArgumentError(f"{text} is not host and port", fix="write tcp://127.0.0.1:2048")
-        try:
-            loopback = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
-        except ValueError:
-            loopback = False
-        if not loopback:
-            raise InvalidArgumentError(
-                f"{text} would be open to other machines, and TCP tells the agent nothing about who calls",
-                fix="listen on a loopback address such as tcp://127.0.0.1:2048, or on a Unix socket",
-            )
-        return Address(text, host="127.0.0.1" if host == "localhost" else host, port=int(port))
-    raise InvalidArgumentError(
-        f"{text!r} is not an address to listen on", fix="write unix:///path, unix://@name or tcp://127.0.0.1:port"
-    )
 
 
 def check_private_directory(path: Path) -> tuple[int, int]:
@@ -176,12 +90,3 @@ def check_private_directory(path: Path) -> tuple[int, int]:
     if found.st_mode & stat.S_IWOTH:
         raise PermissionDeniedError(f"everyone may write to {path}", fix=f"chmod o-w {path}")
     return found.st_dev, found.st_ino
-
-
-def resolve_loopback(address: Address) -> socket.AddressFamily:
-    """Return the socket family of a loopback TCP address."""
-    try:
-        version = ipaddress.ip_address(address.host).version
-    except ValueError as error:
-        raise FailedPreconditionError(f"{address.text} is not an IP address") from error
-    return socket.AF_INET6 if version == 6 else socket.AF_INET

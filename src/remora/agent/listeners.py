@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from remora.agent.identity import Address, resolve_loopback
+from remora.agent.addresses import Address, family
 from remora.errors import AlreadyExistsError, FailedPreconditionError, PermissionDeniedError, RemoraError
 from remora.reactor import READ, Reactor
 
@@ -107,7 +107,36 @@ def bind(address: Address, mode: int) -> socket.socket:
     """Listen where the address says; `mode` is for a socket with a file. Raises as the functions for each kind."""
     if address.path is not None:
         return bind_unix(address.path, mode)
+    if address.cid is not None:
+        return bind_vsock(address)
     return bind_abstract(address.abstract) if address.abstract else bind_tcp(address)
+
+
+def bind_vsock(address: Address) -> socket.socket:
+    """Listen for guests on a vsock port.
+
+    Raises:
+        AlreadyExistsError: the port is in use.
+        FailedPreconditionError: this host has no vsock.
+    """
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise FailedPreconditionError(
+            f"{address.text}: this host has no vsock: {error.strerror}", fix="modprobe vhost_vsock"
+        ) from error
+    try:
+        sock.bind((address.cid, address.port))
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AlreadyExistsError(
+                f"vsock port {address.port} is in use", fix="choose another port, or stop who uses it"
+            ) from error
+        raise FailedPreconditionError(f"{address.text} cannot be listened on: {error.strerror}") from error
+    sock.listen(_BACKLOG)
+    sock.setblocking(False)
+    return sock
 
 
 def bind_tcp(address: Address) -> socket.socket:
@@ -117,7 +146,7 @@ def bind_tcp(address: Address) -> socket.socket:
         AlreadyExistsError: the port is in use.
         PermissionDeniedError: the port is a privileged one.
     """
-    sock = socket.socket(resolve_loopback(address), socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock = socket.socket(family(address), socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((address.host, address.port))
@@ -170,7 +199,7 @@ class Listener:
                 raise
             try:
                 sock.setblocking(False)
-                if sock.family != socket.AF_UNIX:
+                if sock.family in (socket.AF_INET, socket.AF_INET6):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._on_connection(sock)
             except (OSError, RemoraError):
@@ -188,9 +217,10 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The TCP port, also when it was chosen by the kernel."""
-        name = self._sock.getsockname()
-        return int(name[1]) if isinstance(name, tuple) else 0
+        """The TCP port, also when it was chosen by the kernel; 0 for other sockets."""
+        if self._sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return 0
+        return int(self._sock.getsockname()[1])
 
     def close(self) -> None:
         """Stop listening and remove the socket file, if it still is ours."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from remora import __version__
 from remora.agent import lifecycle
-from remora.agent.identity import Address
+from remora.agent.addresses import Address
 from remora.agent.logs import Log
 from remora.agent.models import CatalogueEntry
 from remora.agent.policy import Policy
@@ -83,7 +83,7 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         # Workers before sockets: whoever connects is served, and a node that cannot confine says so at once.
         workers = make_workers(reactor, policy.workers)
         stack.callback(workers.close)
-        agent = Agent(reactor, options.state, policy, workers, catalogue, log)
+        agent = Agent(reactor, options.state, policy, workers, catalogue, log, options.control.parent / "pods")
         stack.callback(agent.close)
         agent.listen_metrics(options.metrics)
         agent.listen_control(options.control)

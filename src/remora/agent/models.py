@@ -13,6 +13,7 @@ from typing import Protocol
 from remora.agent import files
 from remora.agent.disk import DiskPool
 from remora.agent.operations import is_digest
+from remora.agent.rules import UNBOUNDED, Terms
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
 from remora.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
@@ -126,8 +127,8 @@ class Models:
         self._store = store
         self._sessions = sessions
         self._disk = disk
-        #: Raises what policy says against a session's use of a model.
-        self.check: Callable[[Session, str], None] = lambda _session, _model: None
+        #: What policy grants to a session.
+        self.terms: Callable[[Session], Terms] = lambda _session: UNBOUNDED
         self._loaded: dict[tuple[str, str], ModelSpec] = {}
         self._waiting: dict[tuple[str, str], list[SpecDone]] = {}
 
@@ -154,9 +155,9 @@ class Models:
             return tenant
         if is_digest(model):
             raise NotFoundError(f"there is no model {model}", fix="upload it and load it first")
-        names = ", ".join(sorted(self._catalogue)) or "empty"
         raise NotFoundError(
-            f"there is no model {model!r}", fix=f"the catalogue is {names}; `remora models build` adds to it"
+            f"there is no model {model!r}",
+            fix="name one that the agent lists; `remora models build` on its host adds to the catalogue",
         )
 
     def device(self, domain: str, model: str) -> str:
@@ -178,7 +179,7 @@ class Models:
             NotFoundError: as `domain`.
         """
         domain = self.domain(session.tenant, model)
-        self.check(session, model)
+        self.terms(session).check("models", model)
         key = (domain, model)
         spec = self._loaded.get(key)
         if spec is not None:
@@ -247,7 +248,7 @@ class Models:
                 f"{model_format[:40]!r} is not a model format here", fix=f"use one of {', '.join(FORMATS)}"
             )
         self.domain(session.tenant, model)
-        self.check(session, model)
+        self.terms(session).check("models", model)
         self._sessions.add_model(session, model, model_format)
         if is_digest(model):
             self._sessions.hold(session, model)
@@ -304,20 +305,27 @@ class Models:
         return card
 
     def cards(self, session: Session) -> list[ModelCard]:
-        """Return the catalogue's models, then those that the session loaded."""
+        """Return the catalogue's models, then those that the session loaded; without what policy keeps from it."""
         own = [name for name in session.models or () if name not in self._catalogue]
         usable = [name for name in own if self._store.owns(session.tenant, name)]
-        return [self.card(session.tenant, name) for name in (*sorted(self._catalogue), *sorted(usable))]
+        terms = self.terms(session)
+        names = (*sorted(self._catalogue), *sorted(usable))
+        return [self.card(session.tenant, name) for name in names if terms.allows("models", name)]
 
-    def default_for(self, task: str) -> str:
-        """Return the catalogue's first model for a task, for callers who name none (vAccel).
+    def default_for(self, session: Session, task: str) -> str:
+        """Return the catalogue's first model for a task that the session may use, for callers who name none (vAccel).
 
         Raises:
-            UnimplementedError: there is none.
+            UnimplementedError: there is none for the task.
+            PermissionDeniedError: policy allows none of them.
         """
-        for name in sorted(self._catalogue):
-            if self._catalogue[name].source.task == task:
+        fit = [name for name in sorted(self._catalogue) if self._catalogue[name].source.task == task]
+        terms = self.terms(session)
+        for name in fit:
+            if terms.allows("models", name):
                 return name
+        if fit:
+            terms.check("models", fit[0])
         raise UnimplementedError(
             f"no model for this operation in the catalogue: {task} has none",
             fix=f"add a manifest with task = '{task}' and its model (docs/models.md)",

@@ -6,6 +6,7 @@ Device time is charged when it is known, after a run; a tenant in debt is refuse
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 
 from remora.agent.rules import Rules, Terms
@@ -14,6 +15,8 @@ from remora.agent.rules import Rules, Terms
 _MOST_BUCKETS = 4096
 #: Callers whose terms are remembered.
 _MOST_TERMS = 16384
+#: Identities without a connection whose labels are remembered.
+_MOST_ABSENT = 4096
 
 
 class Bucket:
@@ -45,6 +48,8 @@ class Quotas:
         self._now_s = now_s
         self._terms: dict[tuple[str, str], Terms] = {}
         self._labels: dict[str, Mapping[str, str]] = {}  # identity -> labels, of those that have some
+        self._connections: Counter[str] = Counter()  # of those
+        self._absent: OrderedDict[str, None] = OrderedDict()  # those without a connection, longest first
         self._buckets: dict[tuple[str, str, str], Bucket] = {}
 
     def replace(self, rules: Rules) -> None:
@@ -54,13 +59,29 @@ class Quotas:
 
     def note(self, key: str, labels: Mapping[str, str]) -> None:
         """Remember the labels of an identity, as it connects."""
-        if labels and self._labels.get(key) != labels:
+        if labels or key in self._labels:
+            self._connections[key] += 1
+            self._absent.pop(key, None)
+        if self._labels.get(key, {}) != labels:
             self._labels[key] = labels
             for known in [known for known in self._terms if known[0] == key]:
                 del self._terms[known]
 
+    def left(self, key: str) -> None:
+        """Note that a connection of an identity has ended. Its labels stay a while: what it asked for may still run."""
+        if key not in self._labels:
+            return
+        self._connections[key] -= 1
+        if not self._connections[key]:
+            del self._connections[key]
+            self._absent[key] = None
+            if len(self._absent) > _MOST_ABSENT:
+                self.forget(next(iter(self._absent)))
+
     def forget(self, key: str) -> None:
         self._labels.pop(key, None)
+        self._absent.pop(key, None)
+        self._connections.pop(key, None)
 
     def terms(self, key: str, tenant: str) -> Terms:
         """Return what applies to an identity of a tenant."""

@@ -81,6 +81,10 @@ class Terms:
         return with_retry(ResourceExhaustedError(f"{what} ({self.rule(key)})"), after_s)
 
 
+#: Nothing is refused: the terms of whoever no table mentions.
+UNBOUNDED = Terms({key: entry[0] for key, entry in KEYS.items()}, {})
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     defaults: Rule = field(default_factory=lambda: Rule("[defaults]", {}))

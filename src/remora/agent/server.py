@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remora.agent import gauges
-from remora.agent import identity as identities
+from remora.agent.addresses import Address
 from remora.agent.attachments import Attachment, Attachments
+from remora.agent.callers import UNKNOWN, Callers
 from remora.agent.core import Core
 from remora.agent.doors.control import ControlDoor
 from remora.agent.doors.native import NativeDoor
@@ -20,11 +21,13 @@ from remora.agent.doors.vaccel import VaccelDoor
 from remora.agent.draining import Draining
 from remora.agent.exposition import CONTENT_TYPE
 from remora.agent.http import HttpServer
-from remora.agent.identity import Address, Identity
+from remora.agent.identity import Identity
 from remora.agent.listeners import Listener, bind, bind_unix
 from remora.agent.logs import Log
 from remora.agent.models import CatalogueEntry
+from remora.agent.peer_process import peer_uid
 from remora.agent.peers import Peer
+from remora.agent.pods import PodFiles
 from remora.agent.policy import MIB, Policy
 from remora.errors import RemoraError, UnimplementedError
 from remora.reactor import Reactor
@@ -46,6 +49,12 @@ _REFUSED_S = 2.0
 _MAX_CONTROL = 256
 
 
+#: Takes over a connection whose peer is known.
+Serve = Callable[[socket.socket, Identity, "Attachment | None"], None]
+#: Tells a connection why it is not served, and closes it.
+Refuse = Callable[[socket.socket, Identity, RemoraError], None]
+
+
 class Agent:
     """A running agent. `listen` and `control` may be called before the reactor runs; `close` ends everything."""
 
@@ -57,7 +66,12 @@ class Agent:
         workers: Workers,
         catalogue: Mapping[str, CatalogueEntry],
         log: Log,
+        pods: Path,
     ) -> None:
+        """
+        Args:
+            pods: Directory of the files that name pods.
+        """
         self._reactor = reactor
         self._log = log
         self._limits = policy.limits
@@ -75,6 +89,7 @@ class Agent:
         self._http_path: Path | None = None
         self.metrics_address = ""
         self.attachments = Attachments(reactor, self.core.journal, self._attached_connection, self.core.end_identity)
+        self._callers = Callers(PodFiles(pods), self.attachments.of_cid)
         self.draining = Draining(self.core, reactor.stop)
         gauges.register(self.core, attachments=lambda: len(self.attachments), draining=lambda: self.draining.begun)
         self._closed = False
@@ -94,11 +109,14 @@ class Agent:
             self.attachments.on_oip = self._attached_oip
             self._addresses.append(address.text)
             return address.text
-        accepted = self._oip_accepted() if address.door == "oip" else self._accepted
+        serve, refuse = self._connection, self._refuse
+        if address.door == "oip":
+            serve, refuse = self._oip_connection, self._oip_door().refuse
+        accepted = partial(self._accepted, serve, refuse)
         listener = Listener(self._reactor, bind(address, _OPEN_MODE), accepted, address.path)
         self._listeners.append(listener)
-        scheme = f"{address.door}+tcp" if address.door else "tcp"
-        text = f"{scheme}://{address.host}:{listener.port}" if listener.port else address.text
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        text = f"{address.scheme}://{host}:{listener.port}" if listener.port else address.text
         self._addresses.append(text)
         return text
 
@@ -128,9 +146,13 @@ class Agent:
 
     # -- connections ------------------------------------------------------------------------------------------------
 
-    def _accepted(self, sock: socket.socket) -> None:
-        unix = sock.family == socket.AF_UNIX
-        self._connection(sock, identities.of_unix_peer(sock) if unix else identities.TCP)
+    def _accepted(self, serve: Serve, refuse: Refuse, sock: socket.socket) -> None:
+        try:
+            identity, attachment = self._callers.identify(sock)
+        except RemoraError as error:
+            refuse(sock, UNKNOWN, error)
+            return
+        serve(sock, identity, attachment)
 
     def _oip_door(self) -> OipDoor:
         if self._oip is None:
@@ -139,19 +161,15 @@ class Agent:
             self._oip = OipDoor(self.core)
         return self._oip
 
-    def _attached_oip(self, attachment: Attachment, sock: socket.socket) -> None:
+    def _oip_connection(self, sock: socket.socket, identity: Identity, attachment: Attachment | None = None) -> None:
         def count() -> None:
-            attachment.requests += 1
+            if attachment is not None:
+                attachment.requests += 1
 
-        self._oip_door().serve(sock, attachment.identity, count)
+        self._oip_door().serve(sock, identity, count)
 
-    def _oip_accepted(self) -> Callable[[socket.socket], None]:
-        door = self._oip_door()
-
-        def accepted(sock: socket.socket) -> None:
-            door.serve(sock, identities.of_unix_peer(sock) if sock.family == socket.AF_UNIX else identities.TCP)
-
-        return accepted
+    def _attached_oip(self, attachment: Attachment, sock: socket.socket) -> None:
+        self._oip_connection(sock, attachment.identity, attachment)
 
     def _attached_connection(self, attachment: Attachment, sock: socket.socket) -> None:
         self._connection(sock, attachment.identity, attachment)
@@ -211,7 +229,7 @@ class Agent:
         self._reactor.call_later(_REFUSED_S, connection.close)
 
     def _control_connection(self, sock: socket.socket, door: ControlDoor) -> None:
-        uid = identities.peer_uid(sock)
+        uid = peer_uid(sock)
         if uid not in (0, os.geteuid()) or len(self._controllers) >= _MAX_CONTROL:
             self._log.info("control connection refused", uid=uid, connections=len(self._controllers))
             sock.close()

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace, control: Path) -> int:
     from remora.agent import main, policy
-    from remora.agent.identity import parse_address, parse_listen_address
+    from remora.agent.addresses import parse_address, parse_listen_address
     from remora.catalog import load_catalog
     from remora.workers.pool import WorkerPool
 

@@ -21,12 +21,14 @@ class AttachRequest(Message):
     #: Who pays and whose resources are shared; empty: the sandbox is a tenant of its own.
     tenant: str = string(2)
     labels: dict[str, str] = map_(3, "string", "string")
-    #: The agent listens on `<directory>/channel.sock_2048` (mode 0600) before it answers.
+    #: The agent listens on `<directory>/channel.sock_2048` (mode 0600) before it answers. May be empty if `cid` is not.
     directory: str = string(4)
     #: The template this sandbox is a clone of: its sessions may be forked by this sandbox, and by no other.
     parent: str = string(5)
     #: True for a template: its sessions outlive its connections, until it is detached.
     template: bool = bool_(6)
+    #: The guest's vsock CID, where the VMM uses the kernel's vsock: connections from it are this sandbox's.
+    cid: int = uint32(7)
 
 
 class DetachRequest(Message):
@@ -46,6 +48,7 @@ class Attachment(Message):
     connections: int = uint32(7)
     sessions: int = uint32(8)
     requests: int = uint64(9)
+    cid: int = uint32(10)
 
 
 class AttachmentsResponse(Message):

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from remora.agent import identity
-from remora.agent.identity import check_private_directory, of_sandbox, parse_address
+from remora.agent.addresses import parse_address, parse_listen_address
+from remora.agent.callers import Callers
+from remora.agent.identity import check_private_directory, of_sandbox
 from remora.errors import InvalidArgumentError, PermissionDeniedError
 
 
 def test_a_unix_peer_is_known_by_its_user() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        found = identity.of_unix_peer(ours)
+        found, attachment = Callers(lambda _uid: None, lambda _cid: None).identify(ours)
     assert found.key == found.tenant == f"uid:{os.geteuid()}"
+    assert attachment is None
 
 
 def test_no_sandbox_or_tenant_can_take_the_name_of_another_kind_of_caller() -> None:
@@ -49,8 +51,29 @@ def test_tcp_beyond_loopback_is_refused_with_the_reason(text: str) -> None:
         parse_address(text)
 
 
+def test_listening_has_forms_of_its_own() -> None:
+    assert parse_address("vsock://:2048").cid == socket.VMADDR_CID_ANY
+    assert parse_address("vsock://host:99").cid == 2
+    assert parse_address("vsock://any").port == 2048
+    everywhere = parse_listen_address("oip+tls://0.0.0.0:8443")
+    assert (everywhere.tls, everywhere.door, everywhere.scheme) == (True, "oip", "oip+tls")
+
+
 @pytest.mark.parametrize(
-    "text", ["", "unix://relative", "http://x", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "/" + "x" * 120]
+    "text",
+    [
+        "vsock://x:1",
+        "vsock://:x",
+        "vsock://0:1",
+        "tls://example.org:1",
+        "tls://0.0.0.0",
+        "",
+        "unix://relative",
+        "http://x",
+        "tcp://127.0.0.1",
+        "tcp://127.0.0.1:99999",
+        "/" + "x" * 120,
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError):

@@ -75,6 +75,7 @@ class ControlDoor:
             request.parent,
             request.template,
             self._done(call),
+            cid=request.cid,
         )
         self._core.log.info(
             "sandbox attached",
@@ -83,6 +84,7 @@ class ControlDoor:
             directory=request.directory,
             parent=request.parent,
             template=request.template,
+            cid=request.cid,
         )
 
     def _detach(self, call: Call, request: v1.DetachRequest) -> None:
@@ -100,7 +102,8 @@ class ControlDoor:
                     sandbox=identity.sandbox,
                     tenant=attachment.tenant or identity.sandbox,
                     labels=dict(identity.labels),
-                    directory=str(attachment.directory),
+                    directory=str(attachment.directory or ""),
+                    cid=attachment.cid,
                     parent=identity.parent,
                     template=identity.template,
                     connections=connections[identity.key],

@@ -195,6 +195,7 @@ class NativeDoor:
             client=client,
         )
         limits = self._core.limits
+        terms = self._core.quotas.terms(session.owner, session.tenant)
         response = v1.HelloResponse(
             session_id=session.id,
             token=token,
@@ -202,7 +203,7 @@ class NativeDoor:
             forked=forked,
             lease_s=limits.lease_s,
             max_message_bytes=self._core.message_bytes(peer.identity),
-            operations=list(operations.NAMES),
+            operations=[name for name in operations.NAMES if terms.allows("operations", name)],
             agent=f"remora {__version__}",
             version=v1.VERSION,
         )

@@ -46,8 +46,7 @@ class OipDoor:
         try:
             core.peers.check_room(identity.tenant)
         except RemoraError as error:
-            core.refused(NAME, "connect", Peer(identity, 0.0), error)
-            _turn_away(sock, error)
+            self.refuse(sock, identity, error)
             return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.send_buffer_bytes)
         peer = core.peers.join(identity)
@@ -60,6 +59,17 @@ class OipDoor:
             max_out_bytes=limits.out_bytes_per_connection,
             send_timeout_s=limits.frame_timeout_s,
         )
+
+    def refuse(self, sock: socket.socket, identity: Identity, error: RemoraError) -> None:
+        """Say why a connection is not served, if the socket takes it at once; then close."""
+        self._core.refused(NAME, "connect", Peer(identity, 0.0), error)
+        try:
+            sock.send(refusal(error))
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # gone already: there is nobody to tell
+        finally:
+            sock.close()
 
     def _http1(self, peer: Peer, on_request: Callable[[], None], link: Link) -> Http1:
         def handle(exchange: Http1Exchange) -> None:
@@ -100,14 +110,3 @@ class OipDoor:
     def _count(self, peer: Peer) -> None:
         peer.requests += 1
         peer.active_s = self._core.reactor.now_s()
-
-
-def _turn_away(sock: socket.socket, error: RemoraError) -> None:
-    """Say why, if the socket takes it at once; then close."""
-    try:
-        sock.send(refusal(error))
-        sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # gone already: there is nobody to tell
-    finally:
-        sock.close()

@@ -113,7 +113,7 @@ class VaccelDoor:
 
     def _image_classification(self, peer: Peer, call: Call, request: vaccel.ImageRequest) -> None:
         session = self._replies.session(peer, request.session_id)
-        model = self._core.models.default_for("classification")
+        model = self._core.models.default_for(session, "classification")
         deadline_s = self._core.deadline_s(call.deadline_s)
         operation = operations.classify(model, request.image, 1, deadline_s=deadline_s)
 

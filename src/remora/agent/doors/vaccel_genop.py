@@ -24,6 +24,7 @@ from remora.wire.vaccel_enums import ArgType, OpType
 Args = Sequence[vaccel.GenopArg]
 #: From an operation's arguments to the operation, and from its answer to the bytes of each write argument.
 Prepared = tuple[operations.Operation, Callable[[Answer], list[bytes | memoryview]]]
+Prepare = Callable[[Session, "Args", "Args", float], Prepared]
 
 OPCODES = {number: name for name, number in vars(OpType).items() if isinstance(number, int)}
 #: Picture operations and the task of the catalogue model that each one needs.
@@ -115,7 +116,7 @@ class GenopCalls:
         self._replies = replies
         self._core = replies.core
         self._profiles = profiles
-        self._prepare: Mapping[int, Callable[[Args, Args, float], Prepared]] = {
+        self._prepare: Mapping[int, Prepare] = {
             **{number: self._picture(number, task) for number, task in TASKS.items()},
             OpType.BLAS_SGEMM: _sgemm,
             OpType.FPGA_ARRAYCOPY: _arithmetic(compute.arraycopy),
@@ -137,7 +138,7 @@ class GenopCalls:
         write = request.write_args
         check_args(write)
         self._check_counts(session, opcode, read, write)
-        operation, outputs_of = self._prepare[opcode](read, write, self._core.deadline_s(call.deadline_s))
+        operation, outputs_of = self._prepare[opcode](session, read, write, self._core.deadline_s(call.deadline_s))
         watch.lap("genop > write_args")
 
         def reply(answer: Answer) -> None:
@@ -184,12 +185,12 @@ class GenopCalls:
                 f"{name} takes {wanted[0]} read and {wanted[1]} write arguments, got {len(read)} and {len(write)}"
             )
 
-    def _picture(self, opcode: int, task: str) -> Callable[[Args, Args, float], Prepared]:
-        def prepare(read: Args, write: Args, deadline_s: float) -> Prepared:
+    def _picture(self, opcode: int, task: str) -> Prepare:
+        def prepare(session: Session, read: Args, write: Args, deadline_s: float) -> Prepared:
             image = _typed(read[0], ArgType.BUFFER, "the picture")
             for arg in write:
                 _typed(arg, ArgType.UCHAR_ARRAY, "an output")
-            model = self._core.models.default_for(task)
+            model = self._core.models.default_for(session, task)
             operation = operations.classify(model, image, 1, deadline_s=deadline_s)
             rooms = [len(arg.buf) for arg in write]
 
@@ -209,17 +210,17 @@ def text_of(answer: Answer) -> str:
     return ", ".join(label.name for label in answer.result.labels)
 
 
-def _arithmetic(make: Callable[..., operations.Operation]) -> Callable[[Args, Args, float], Prepared]:
+def _arithmetic(make: Callable[..., operations.Operation]) -> Prepare:
     """Of untyped arrays: `make` takes what is read, the room for what is written, and the deadline."""
 
-    def prepare(read: Args, write: Args, deadline_s: float) -> Prepared:
+    def prepare(_session: Session, read: Args, write: Args, deadline_s: float) -> Prepared:
         views = [memoryview(arg.buf) for arg in read]
         return make(*views, *(len(arg.buf) for arg in write), deadline_s), _arrays
 
     return prepare
 
 
-def _sgemm(read: Args, write: Args, deadline_s: float) -> Prepared:
+def _sgemm(_session: Session, read: Args, write: Args, deadline_s: float) -> Prepared:
     numbers: dict[str, float] = {}
     arrays: dict[str, memoryview] = {}
     for arg, (name, kind) in zip(read, _SGEMM, strict=True):
@@ -231,7 +232,7 @@ def _sgemm(read: Args, write: Args, deadline_s: float) -> Prepared:
     return compute.sgemm(numbers, arrays["a"], arrays["b"], c, deadline_s), _arrays
 
 
-def _minmax(read: Args, write: Args, deadline_s: float) -> Prepared:
+def _minmax(_session: Session, read: Args, write: Args, deadline_s: float) -> Prepared:
     count, low, high = (_int32(arg, name) for arg, name in zip(read[1:], ("ndata", "low", "high"), strict=True))
     for arg, name in zip(write[1:], ("min", "max"), strict=True):
         if len(arg.buf) != 8:
