@@ -138,13 +138,16 @@ class Models:
         Raises:
             NotFoundError: no such model, or not loaded in this session.
         """
-        domain = self.domain(session.tenant, model)
+        domain = self.domain(session.tenant, model, self.terms(session))
         if domain != SHARED and model not in (session.models or ()):
             raise NotFoundError(f"{model} is not loaded in this session", fix="load it first")
         return domain
 
-    def domain(self, tenant: str, model: str) -> str:
+    def domain(self, tenant: str, model: str, terms: Terms | None = None) -> str:
         """Return the trust domain to which a model that the tenant may know of belongs.
+
+        Args:
+            terms: For naming the models that there are, without those that policy keeps from the caller.
 
         Raises:
             NotFoundError: no such model, or none that this tenant may know of.
@@ -155,9 +158,14 @@ class Models:
             return tenant
         if is_digest(model):
             raise NotFoundError(f"there is no model {model}", fix="upload it and load it first")
+        names = None
+        if terms is not None:
+            names = ", ".join(name for name in sorted(self._catalogue) if terms.allows("models", name)) or "empty"
         raise NotFoundError(
             f"there is no model {model!r}",
-            fix="name one that the agent lists; `remora models build` on its host adds to the catalogue",
+            fix=f"the catalogue is {names}; `remora models build` adds to it"
+            if names
+            else "ask for the list of models",
         )
 
     def device(self, domain: str, model: str) -> str:
@@ -178,7 +186,7 @@ class Models:
         Raises:
             NotFoundError: as `domain`.
         """
-        domain = self.domain(session.tenant, model)
+        domain = self.domain(session.tenant, model, self.terms(session))
         self.terms(session).check("models", model)
         key = (domain, model)
         spec = self._loaded.get(key)
@@ -247,7 +255,7 @@ class Models:
             raise InvalidArgumentError(
                 f"{model_format[:40]!r} is not a model format here", fix=f"use one of {', '.join(FORMATS)}"
             )
-        self.domain(session.tenant, model)
+        self.domain(session.tenant, model, self.terms(session))
         self.terms(session).check("models", model)
         self._sessions.add_model(session, model, model_format)
         if is_digest(model):

@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help="unix:///path, unix://@name or tcp://127.0.0.1:port; with oip+ before it (oip+unix:///path) for the Open "
-        "Inference Protocol, REST and gRPC on the same address; oip+attached for that protocol on a socket of each "
-        "attached sandbox; may be given several times "
+        help="unix:///path, unix://@name, vsock://:2048 or tcp://127.0.0.1:port; with oip+ before it "
+        "(oip+unix:///path) for the Open Inference Protocol, REST and gRPC on the same address; oip+attached for that "
+        "protocol on a socket of each attached sandbox; may be given several times "
         f"(default: unix://{paths.agent_socket()})",
     )
     parser.add_argument(

@@ -172,7 +172,8 @@ class Inferences:
     def _check_model(self, peer: Peer, name: str, version: str) -> None:
         if not name:
             raise InvalidArgumentError("the request names no model")
-        self._core.models.domain(peer.identity.tenant, operations.check_model(name))
+        terms = self._core.quotas.terms(peer.identity.key, peer.identity.tenant)
+        self._core.models.domain(peer.identity.tenant, operations.check_model(name), terms)
         check_version(name, version)
 
     # -- inference --------------------------------------------------------------------------------------------------
