@@ -5,7 +5,6 @@ Doors know this and their protocol; nothing here knows a protocol.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from remora.agent.models import CatalogueEntry, Models
 from remora.agent.peers import Peer, Peers
 from remora.agent.policy import Policy
 from remora.agent.quotas import Quotas
+from remora.agent.refusals import explain, of_limit
 from remora.agent.scheduler import FairScheduler
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
@@ -34,23 +34,6 @@ from remora.workers.contract import Workers
 _LINGER_S = 30.0
 _SWEEP_S = 1.0
 _STORE_SWEEP_S = 60.0
-_RULE = re.compile(r"\((?:((?:limits|store|workers)\.[a-z_]+)\)|rule (\[.*?\] (?:\d+ )?[a-z_]+) = )")
-_CODES = {
-    1: "CANCELLED",
-    3: "INVALID_ARGUMENT",
-    4: "DEADLINE_EXCEEDED",
-    5: "NOT_FOUND",
-    6: "ALREADY_EXISTS",
-    7: "PERMISSION_DENIED",
-    8: "RESOURCE_EXHAUSTED",
-    9: "FAILED_PRECONDITION",
-    10: "ABORTED",
-    12: "UNIMPLEMENTED",
-    13: "INTERNAL",
-    14: "UNAVAILABLE",
-    15: "DATA_LOSS",
-    16: "UNAUTHENTICATED",
-}
 
 
 class Core:
@@ -97,6 +80,7 @@ class Core:
         )
         self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
         self.peers.on_join = self._joined
+        workers.on_death = self._worker_died
         #: Doors that keep something of their own for a session add themselves.
         self.on_session_end: list[Callable[[Session], None]] = []
         self.on_tenant_gone: list[Callable[[str], None]] = []
@@ -210,25 +194,31 @@ class Core:
     def refused(self, door: str, method: str, peer: Peer, error: RemoraError, *, model: str = "") -> None:
         """Count and log a request that was refused or failed."""
         tenant = peer.identity.tenant
-        code = _CODES.get(error.code, "UNKNOWN")
-        found = _RULE.search(error.message)
-        rule = found.group(1) or found.group(2) if found else code
-        self.metrics.answered(door, method, tenant, code)
-        self.metrics.refused(tenant, rule)
+        refusal = explain(error, self.policy, self.policy_source[0])
+        self.metrics.answered(door, method, tenant, refusal.code)
+        self.metrics.refused(tenant, refusal.rule)
         cause = error.__cause__
         self.log.of_tenant(
             tenant,
             "request refused",
+            peer=peer.identity.key,
             door=door,
             operation=method,
-            sandbox=peer.identity.sandbox,
-            session=peer.session.id if peer.session is not None else "",
             model=model,
-            code=code,
-            rule=rule,
-            error=str(error),
+            session=peer.session.id if peer.session is not None else "",
+            code=refusal.code,
+            rule=refusal.rule,
+            value=refusal.value,
+            error=error.message,
+            told=error.fix or "",
+            change=refusal.change,
             **({"cause": f"{type(cause).__name__}: {cause}"} if cause is not None else {}),
         )
+
+    def _worker_died(self, domain: str, reason: str) -> None:
+        """A worker's death is no error of the agent's; a tenant that kills its own all day has a budget of lines."""
+        fields = {"domain": domain, "reason": reason, "change": "none: it is started again, jobs in flight once more"}
+        self.log.of_tenant(domain, "worker died", **fields)
 
     # -- time -------------------------------------------------------------------------------------------------------
 
@@ -243,8 +233,17 @@ class Core:
         self.reactor.call_later(_SWEEP_S, self._sweep)
         self.sessions.expire()
         self.scheduler.expire()
+        self.log.sweep()
         for peer, limit in self.peers.sweep():
-            self.log.of_tenant(peer.identity.tenant, "connection closed", rule=limit, sandbox=peer.identity.sandbox)
+            refusal = of_limit(limit, self.policy, self.policy_source[0])
+            self.log.of_tenant(
+                peer.identity.tenant,
+                "connection closed",
+                peer=peer.identity.key,
+                rule=limit,
+                value=refusal.value,
+                change=refusal.change,
+            )
             self.metrics.refused(peer.identity.tenant, limit)
             if peer.connection is not None:
                 peer.connection.close()

@@ -19,6 +19,8 @@ _QUEUE_LENGTH = 4096
 _BURST = 50
 _PER_SECOND = 5.0
 _MAX_VALUE = 500
+#: A tenant who caused no line for this long is told of by `Log.sweep`.
+_QUIET_S = 5.0
 
 Value = str | int | float | bool | None
 
@@ -99,6 +101,14 @@ class Log:
             fields["suppressed_before"] = budget.suppressed
             budget.suppressed = 0
         self._put(level, event, {"tenant": tenant, **fields})
+
+    def sweep(self) -> None:
+        """Say what was left out for tenants who have since been quiet; called now and then."""
+        now_s = time.monotonic()
+        for (tenant, level), budget in self._budgets.items():
+            if budget.suppressed and now_s - budget.at_s > _QUIET_S:
+                self._put(level, "lines left out", {"tenant": tenant, "suppressed_before": budget.suppressed})
+                budget.suppressed = 0
 
     def close(self) -> None:
         """Write what waits, for at most two seconds: the reader may be gone."""

@@ -190,6 +190,7 @@ class Agent:
             max_message_bytes=self.core.message_bytes(identity),
             allocate=partial(peers.allocate, identity.tenant),
             on_close=lambda _connection: peers.leave(peer),
+            on_refused=lambda error: self.core.refused("none", "message", peer, error),
             max_in_flight=limits.in_flight_per_connection,
             max_out_bytes=limits.out_bytes_per_connection,
             frame_timeout_s=limits.frame_timeout_s,

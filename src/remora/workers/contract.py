@@ -140,6 +140,9 @@ class Workers(Protocol):
     worker (operations are pure); a job that kills two workers gets an AbortedError that says so. What a library does is
     not known to be pure: its job is not run again."""
 
+    #: Called with the trust domain and the reason when a worker that belonged to it has died.
+    on_death: Callable[[str, str], None]
+
     def allocate(self, tenant: str, size_bytes: int) -> Block:
         """Return memory for an incoming message that the tenant's workers already map.
 

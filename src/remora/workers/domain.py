@@ -70,6 +70,7 @@ class Domain:
         self.jobs: dict[int, PendingJob] = {}
         self.waiting: deque[PendingJob] = deque()
         self.restarts = 0
+        self.on_death: Callable[[str], None] = lambda _reason: None
         self._shared = shared
         self._reactor = reactor
         self._settings = settings
@@ -350,6 +351,7 @@ class Domain:
         lived_s = time.monotonic() - process.started_s
         first, most = self._settings.backoff_first_s, self._settings.backoff_most_s
         self._backoff_s = 0.0 if lived_s > _HEALTHY_S else min(most, max(first, 2 * self._backoff_s))
+        self.on_death(reason)
         blamed, self._blameless = not self._blameless, False
         in_flight, self.jobs = list(self.jobs.values()), {}
         survivors = []

@@ -6,7 +6,7 @@ its model only. It is never reused: a worker that has served a domain ends with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
@@ -57,6 +57,7 @@ class WorkerPool:
         self._cells = Cells(self._settings)
         #: What holds workers besides their namespaces, for the log.
         self.confinement = self._cells.report
+        self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None
         self._domains: dict[str, Domain] = {}
         self._arenas: dict[str, Arena] = {}
         self._spares: list[WorkerProcess] = []
@@ -158,6 +159,7 @@ class WorkerPool:
             domain = self._domains[name] = Domain(
                 name, shared=name == SHARED, reactor=self._reactor, settings=self._settings, take=self._take
             )
+            domain.on_death = lambda reason: self.on_death(name, reason)
         return domain
 
     def _take(self) -> WorkerProcess:

@@ -55,6 +55,24 @@ def test_one_tenants_flood_of_lines_is_cut_and_counted() -> None:
     assert any("tenant=quiet" in line for line in lines)
 
 
+def test_what_was_left_out_is_told_once_the_flood_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("remora.agent.logs.time.monotonic", lambda: clock[0])
+
+    def flood(log: Log) -> None:
+        for _ in range(60):
+            log.of_tenant("noisy", "refused")
+        log.sweep()  # it may go on: nothing is said yet
+        clock[0] += 6
+        log.sweep()
+        log.sweep()
+        assert log.suppressed == 10
+
+    lines = lines_of(flood)
+    assert len(lines) == 51
+    assert "lines left out tenant=noisy suppressed_before=10" in lines[-1]
+
+
 def test_a_reader_that_does_not_read_stops_nobody() -> None:
     read_fd, write_fd = os.pipe()
     log = Log(write_fd)

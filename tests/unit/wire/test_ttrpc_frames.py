@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remora.errors import ProtocolError, RemoraError, ResourceExhaustedError
-from remora.wire.ttrpc.frames import ALLOCATE_BYTES, HEADER, FrameDecoder, HeapBlock
+from remora.wire.ttrpc.frames import ALLOCATE_BYTES, HEADER, FrameDecoder, HeapBlock, MessageTooLargeError
 
 LIMIT = 200_000
 
@@ -49,7 +49,7 @@ def test_frames_in_any_pieces_come_out_whole_and_large_ones_as_refusals(bodies: 
     data = b"".join(frame(2 * i + 1, bytes([i + 1]) * size, flags=i) for i, size in enumerate(bodies))
     got = [summary(each) for each in feed(FrameDecoder(LIMIT), data, reads)]
     assert got == [
-        (2 * i + 1, 1, i, ResourceExhaustedError if size > LIMIT else bytes([i + 1]) * size)
+        (2 * i + 1, 1, i, MessageTooLargeError if size > LIMIT else bytes([i + 1]) * size)
         for i, size in enumerate(bodies)
     ]
 

@@ -12,7 +12,10 @@ from remora.agent.operations import Operation
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
 from remora.errors import DeadlineExceededError, InternalError, RemoraError
+from remora.wire import remora_v1, vaccel
 
+#: How logs and metrics name the door of a ttrpc service.
+_DOORS = {remora_v1.SERVICE: "native", **dict.fromkeys(vaccel.SERVICES, "vaccel")}
 #: Answers a call with a finished operation's answer; it must see to it that the answer is dropped.
 Reply = Callable[[Answer], None]
 #: Answers a call with an error.
@@ -68,7 +71,7 @@ def run_for(
         raise
     if over or run is None:
         if not over:
-            call.on_cancel(lambda reason: _note(core, peer, call, reason))
+            call.on_cancel(lambda reason: _note(core, peer, call, operation.model, reason))
         return
     started = run
     peer.add_run(started)
@@ -77,15 +80,15 @@ def run_for(
         nonlocal over
         if not over:
             over = True  # answered by the connection, or beyond answering
-            _note(core, peer, call, reason)
+            _note(core, peer, call, operation.model, reason)
             core.execution.cancel(started)
 
     call.on_cancel(cancelled)
 
 
-def _note(core: Core, peer: Peer, call: Request, reason: RemoraError) -> None:
+def _note(core: Core, peer: Peer, call: Request, model: str, reason: RemoraError) -> None:
     if isinstance(reason, DeadlineExceededError):
-        core.refused(call.service, call.method, peer, reason)
+        core.refused(_DOORS.get(call.service, call.service), call.method, peer, reason, model=model)
 
 
 def as_remora_error(core: Core, error: Exception) -> RemoraError:

@@ -56,6 +56,7 @@ class OipDoor:
             http1=partial(self._http1, peer, on_request),
             http2=partial(self._http2, peer, on_request),
             on_close=lambda: core.peers.leave(peer),
+            on_refused=lambda error: core.refused(NAME, "message", peer, error),
             max_out_bytes=limits.out_bytes_per_connection,
             send_timeout_s=limits.frame_timeout_s,
         )

@@ -33,6 +33,7 @@ class WebConnection:
     Args:
         http1, http2: Make the protocol of this connection.
         on_close: Called once when the connection is gone; its exchanges have been cancelled by then.
+        on_refused: Called with the error of a request that no handler saw.
         first_s: How long the first bytes may take to say which protocol it is, once begun.
     """
 
@@ -45,6 +46,7 @@ class WebConnection:
         "_makers",
         "_max_out_bytes",
         "_on_close",
+        "_on_refused",
         "_out",
         "_out_bytes",
         "_reactor",
@@ -64,6 +66,7 @@ class WebConnection:
         http1: MakeSpeaker,
         http2: MakeSpeaker,
         on_close: Callable[[], None],
+        on_refused: Callable[[RemoraError], None],
         max_out_bytes: int,
         send_timeout_s: float,
     ) -> None:
@@ -74,6 +77,7 @@ class WebConnection:
         self._fd = sock.fileno()
         self._makers = (http1, http2)
         self._on_close = on_close
+        self._on_refused = on_refused
         self._max_out_bytes = max_out_bytes
         self._send_timeout_s = send_timeout_s
         self._speaker: Speaker | None = None
@@ -107,6 +111,9 @@ class WebConnection:
         self._out.append((left, on_sent))
         self._out_bytes += sum(map(len, left))
         self._update_events()
+
+    def refused(self, error: RemoraError) -> None:
+        self._on_refused(error)
 
     def hold(self, reading: bool) -> None:
         self._held = reading

@@ -129,6 +129,9 @@ class Link(Protocol):
     def hold(self, reading: bool) -> None:
         """Read nothing more until told otherwise."""
 
+    def refused(self, error: RemoraError) -> None:
+        """Tell the operator of a request that was answered with an error before a handler saw it."""
+
     def finish(self) -> None:
         """Close once everything is sent, leaving the peer time to read it."""
 

@@ -231,6 +231,7 @@ class Http1:
         exchange = self._exchange = Http1Exchange(self, head, view, block)
         if refusal is not None:
             exchange.fail(refusal)
+            self._link.refused(refusal)
         else:
             self._handler(exchange)
 
@@ -243,6 +244,7 @@ class Http1:
             self._body = None
         self._busy = True
         self.answer(error.http_status, [error_body(error)], error_headers(error), lambda: None)
+        self._link.refused(error)
 
     # -- answering --------------------------------------------------------------------------------------------------
 

@@ -192,7 +192,7 @@ class Http2:
             error = UnimplementedError(
                 f"messages compressed with {encoding[:40]!r} are not accepted", fix="send them uncompressed"
             )
-            self.refuse(stream, error)
+            self._turn_away(stream, error)
 
     def _message_data(self, stream: Stream, rest: memoryview) -> None:
         if stream.body is None:
@@ -205,10 +205,12 @@ class Http2:
             try:
                 stream.body = self._body(compressed, size)
             except RemoraError as error:
-                self.refuse(stream, error)
+                self._turn_away(stream, error)
                 return
         if stream.body.put(rest) < len(rest):
-            self.refuse(stream, InvalidArgumentError("a unary call has one message, and more bytes than it were sent"))
+            self._turn_away(
+                stream, InvalidArgumentError("a unary call has one message, and more bytes than it were sent")
+            )
 
     def _body(self, compressed: int, size: int) -> Body:
         if compressed:
@@ -223,7 +225,7 @@ class Http2:
     def _complete(self, stream: Stream) -> None:
         body = stream.body
         if body is None or not body.complete:
-            self.refuse(stream, InvalidArgumentError("the call ended before its message was complete"))
+            self._turn_away(stream, InvalidArgumentError("the call ended before its message was complete"))
             return
         stream.body = None
         stream.begun_s = 0.0
@@ -262,6 +264,11 @@ class Http2:
         self._h2.send_headers(stream.id, grpc.refusal_headers(error), end_stream=True)
         self._answered(stream)
         self._flush()
+
+    def _turn_away(self, stream: Stream, error: RemoraError) -> None:
+        """Refuse what never became an exchange."""
+        self.refuse(stream, error)
+        self._link.refused(error)
 
     def _pump(self, stream: Stream) -> None:
         """Send as much of a stream's answer as the client's windows let through, and the status after its end."""

@@ -46,6 +46,9 @@ class _ServerConnection(Connection):
         """(`calls.Transport`)"""
         self.update_reading()
 
+    def refused(self, error: RemoraError) -> None:
+        """(`calls.Transport`) The peer has been told; this server keeps no log."""
+
     def report(self, error: BaseException) -> None:
         """(`calls.Transport`)"""
         asyncio.get_running_loop().call_exception_handler({"message": "ttrpc call failed", "exception": error})

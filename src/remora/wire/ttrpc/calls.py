@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
         def call_ended(self, call: Call) -> None: ...
 
+        def refused(self, error: RemoraError) -> None:
+            """Tell the operator of a request that was answered with an error before a handler saw it."""
+
         def report(self, error: BaseException) -> None:
             """Tell the operator of a fault in a handler."""
 
@@ -230,6 +233,7 @@ class Calls:
                     refusal = error
             self.connection.transmit(error_frame(stream_id, refusal))
             _release(block)
+            self.connection.refused(refusal)
         elif kind == DATA:
             self._message(stream_id, flags, body, block)
         else:

@@ -97,6 +97,10 @@ def _is_free(mapping: mmap.mmap) -> bool:
     return True
 
 
+class MessageTooLargeError(ResourceExhaustedError):
+    """A message is larger than its receiver accepts."""
+
+
 class FrameDecoder:
     """Turns received bytes into frames. Call `get_buffer`, receive into it, then `received` with the count.
 
@@ -227,7 +231,7 @@ class FrameDecoder:
         return None
 
     def _too_large(self, size: int) -> RemoraError:
-        return ResourceExhaustedError(
+        return MessageTooLargeError(
             f"a message of {size} bytes was sent, but this end accepts at most {self.max_message_bytes} bytes",
             fix="send it in smaller pieces, or raise the limit at the receiver",
         )

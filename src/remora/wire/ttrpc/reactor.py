@@ -42,6 +42,7 @@ class ServerConnection:
         max_message_bytes: Largest message body; larger ones are answered with RESOURCE_EXHAUSTED and skipped.
         allocate: Makes the blocks of large bodies, see `frames.FrameDecoder`.
         on_close: Called once when the connection is gone; its calls have been cancelled by then.
+        on_refused: Called with the error of a request that no handler saw, such as one that is too large.
         max_in_flight: Open calls beyond which nothing more is read; what came in the same 8 KiB is still served.
         max_out_bytes: Unsent bytes beyond which nothing more is read.
         frame_timeout_s: How long a begun frame may take, besides the time for its bytes at 64 KiB/s.
@@ -57,6 +58,7 @@ class ServerConnection:
         "_decoder",
         "_calls",
         "_on_close",
+        "_on_refused",
         "_max_in_flight",
         "_max_out_bytes",
         "_frame_timeout_s",
@@ -80,6 +82,7 @@ class ServerConnection:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         allocate: Optional[Allocate] = None,
         on_close: Optional[Callable[[ServerConnection], None]] = None,
+        on_refused: Optional[Callable[[RemoraError], None]] = None,
         max_in_flight: int = 256,
         max_out_bytes: int = 8 << 20,
         frame_timeout_s: float = 30.0,
@@ -94,6 +97,7 @@ class ServerConnection:
         self._decoder = FrameDecoder(max_message_bytes, scratch=reactor.scratch[:SCRATCH_BYTES], allocate=allocate)
         self._calls = Calls(self)
         self._on_close = [] if on_close is None else [on_close]
+        self._on_refused = on_refused
         self._max_in_flight = max_in_flight
         self._max_out_bytes = max_out_bytes
         self._frame_timeout_s = frame_timeout_s
@@ -180,6 +184,11 @@ class ServerConnection:
         """(`calls.Transport`)"""
         if self._events & READ == 0:
             self._update_events()
+
+    def refused(self, error: RemoraError) -> None:
+        """(`calls.Transport`)"""
+        if self._on_refused is not None:
+            self._on_refused(error)
 
     def report(self, error: BaseException) -> None:
         """(`calls.Transport`)"""
