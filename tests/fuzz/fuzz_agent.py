@@ -39,6 +39,7 @@ class FakeInstantWorkers:
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
         self.lent = 0
+        self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None
 
     def allocate(self, _tenant: str, size_bytes: int) -> FakeBlock:
         self.lent += 1

@@ -49,7 +49,9 @@ class FakeWorkers:
     hold_loads: bool = False
     allocated_bytes: int = 0
     closed: bool = False
-    on_death: Callable[[str, str], None] = field(default=lambda _domain, _reason: None)
+
+    def __post_init__(self) -> None:
+        self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None
 
     def allocate(self, tenant: str, size_bytes: int) -> FakeBlock:
         if self.allocated_bytes + size_bytes > self.arena_bytes:

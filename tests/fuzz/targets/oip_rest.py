@@ -12,7 +12,7 @@ from remora.agent.doors.oip_rest import RestDoor
 from remora.agent.peers import Peer
 from remora.agent.web.exchange import Piece
 from remora.agent.web.http1 import Http1
-from remora.errors import UnavailableError
+from remora.errors import RemoraError, UnavailableError
 
 _agent = agent()
 _inferences = Inferences(_agent.core)
@@ -26,6 +26,9 @@ class Link:
     def __init__(self) -> None:
         self.sent = bytearray()
         self.holding = self.finished = False
+
+    def refused(self, error: RemoraError) -> None:
+        pass
 
     def transmit(self, pieces: Sequence[Piece], on_sent: Callable[[], None] | None = None) -> None:
         for piece in pieces:

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from remora.errors import InvalidArgumentError, ProtocolError, UnavailableError
+from remora.errors import InvalidArgumentError, ProtocolError, RemoraError, UnavailableError
 from remora.wire.ttrpc.calls import Call, Calls
 from remora.wire.ttrpc.core import data_frame, request_frame
 from remora.wire.ttrpc.frames import NO_DATA, REMOTE_CLOSED, REMOTE_OPEN, FrameDecoder
@@ -47,6 +47,9 @@ class Wire:
             on_sent()
 
     def call_ended(self, _call: Call) -> None:
+        pass
+
+    def refused(self, error: RemoraError) -> None:
         pass
 
     def report(self, error: BaseException) -> None:
