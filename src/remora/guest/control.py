@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from remora.errors import FailedPreconditionError, InvalidArgumentError, UnimplementedError
 from remora.guest import facts, rootfs, system
-from remora.guest.container import MAIN
-from remora.wire import guest_v1
+from remora.guest.containers import MAIN
+from remora.wire import guest_pod_v1, guest_v1
 from remora.wire.guest_v1 import Empty, StartResponse, WaitReadyResponse, WaitResponse
 
 TYPE_CHECKING = False
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Optional
 
     from remora.errors import RemoraError
-    from remora.guest.container import Container, Running
+    from remora.guest.containers import Containers
     from remora.guest.forwarder import Forwarder
+    from remora.guest.pod import Pod
     from remora.guest.ready import Ready
+    from remora.guest.running import Running
+    from remora.guest.single import Single
     from remora.reactor import Reactor
     from remora.wire.ttrpc.calls import Call
 
@@ -36,14 +39,18 @@ class Control:
     def __init__(
         self,
         reactor: Reactor,
-        container: Container,
+        containers: Containers,
+        single: Single,
+        pod: Pod,
         ready: Ready,
         forwarder: Forwarder,
         when_drained: Callable[[Callable[[], None]], None],
         restart: Callable[[], None] = system.restart,
     ) -> None:
         self._reactor = reactor
-        self._container = container
+        self._containers = containers
+        self._single = single
+        self._pod = pod
         self._ready = ready
         self._forwarder = forwarder
         self._when_drained = when_drained
@@ -67,6 +74,9 @@ class Control:
 
     def handle(self, call: Call) -> None:
         """Answer one call; a RemoraError that this raises is the answer."""
+        if call.service == guest_pod_v1.SERVICE:
+            self._pod.handle(call)
+            return
         method = self._methods.get(call.method) if call.service == guest_v1.SERVICE else None
         if method is None:
             raise UnimplementedError(f"the guest has no method {call.service}/{call.method}")
@@ -78,14 +88,14 @@ class Control:
         """Stop, or go on, sending what processes write: while held, the channel stays silent by itself."""
         self._held = held
         self._forwarder.hold(held)
-        for running in self._container.all():
+        for running in self._containers.running():
             running.stdio.hold(held)
 
     # -- methods ----------------------------------------------------------------------------------------------------
 
     def _setup(self, call: Call, request: guest_v1.SetupRequest) -> None:
         self._identify(request.identity)
-        self._container.setup(request)
+        self._single.setup(request)
         call.respond(Empty())
 
     def _start(self, call: Call, request: guest_v1.StartRequest) -> None:
@@ -99,10 +109,10 @@ class Control:
             else:
                 call.respond(StartResponse(pid=running.pid))
 
-        running = self._container.start(request.id, request.process, done)
+        running = self._single.start(request.id, request.process, done)
 
     def _wait(self, call: Call, request: guest_v1.WaitRequest) -> None:
-        running = self._container.find(request.id)
+        running = self._containers.find(request.id)
 
         def finished() -> None:
             call.respond(WaitResponse(exit_status=running.exit_status or 0, oom_killed=running.oom_killed))
@@ -110,11 +120,11 @@ class Control:
         running.when_finished(finished)
 
     def _signal(self, call: Call, request: guest_v1.SignalRequest) -> None:
-        self._container.signal(request.id, request.signal, request.all)
+        self._containers.owner(request.id).signal(request.id, request.signal, request.all)
         call.respond(Empty())
 
     def _resize(self, call: Call, request: guest_v1.ResizeRequest) -> None:
-        stdio = self._container.find(request.id).stdio
+        stdio = self._containers.find(request.id).stdio
         if not stdio.terminal:
             raise FailedPreconditionError(f"process {request.id!r} has no terminal", fix="start it with one")
         if not (0 < request.rows < 1 << 16 and 0 < request.columns < 1 << 16):
@@ -123,7 +133,7 @@ class Control:
         call.respond(Empty())
 
     def _close_stdin(self, call: Call, request: guest_v1.CloseStdinRequest) -> None:
-        self._container.find(request.id).stdio.close_input()
+        self._containers.find(request.id).stdio.close_input()
         call.respond(Empty())
 
     def _stats(self, call: Call, _request: Empty) -> None:
@@ -133,9 +143,8 @@ class Control:
         call.respond(Empty())
 
     def _devices(self, call: Call, _request: Empty) -> None:
-        main = [running for running in self._container.all() if running.name == MAIN]
-        runs = bool(main) and main[0].pid > 0 and main[0].exit_status is None
-        call.respond(facts.devices(f"/proc/{main[0].pid}/root/dev" if runs else "/dev"))
+        main = [running for running in self._containers.running() if running.name == MAIN and running.alive]
+        call.respond(facts.devices(f"/proc/{main[0].pid}/root/dev" if main else "/dev"))
 
     def _wait_ready(self, call: Call, _request: Empty) -> None:
         answered = False
@@ -159,7 +168,7 @@ class Control:
                     )
                 )
 
-        main = self._container.find(MAIN)
+        main = self._containers.find(MAIN)
         self._ready.when_ready(answer)
         if not answered:
             main.when_finished(main_ended)
@@ -175,8 +184,8 @@ class Control:
         self._when_drained(lambda: self._ping(call))
 
     def _shutdown(self, call: Call, _request: Empty) -> None:
-        self._container.kill_everything()
-        running = [running for running in self._container.all() if running.pid and running.exit_status is None]
+        self._containers.kill_everything()
+        running = [running for running in self._containers.running() if running.alive]
         left = len(running)
 
         def end() -> None:
@@ -203,6 +212,5 @@ class Control:
         if identity is None:
             rootfs.set_hostname("")
             return
-        system.reseed(bytes(identity.entropy))
-        system.set_clock(identity.time_ns)
+        system.identify(identity)
         rootfs.set_hostname(identity.hostname or identity.sandbox)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 
-from remora.guest import container, rootfs, system
+from remora.guest import cgroup, rootfs, system
+from remora.guest.containers import MAIN
 from remora.wire.guest_v1 import DevicesResponse, StatsResponse
 
 TYPE_CHECKING = False
@@ -18,12 +19,12 @@ _BUSES = ("virtio", "pci", "platform")
 def stats() -> StatsResponse:
     """Return the container's use by its cgroup (cgroup-v2.rst), and the guest's memory."""
     memory = rootfs.memory_bytes()
-    limit = _number("memory.max")
+    limit = cgroup.number(MAIN, "memory.max")
     return StatsResponse(
-        memory_bytes=_number("memory.current"),
+        memory_bytes=cgroup.number(MAIN, "memory.current"),
         memory_limit_bytes=limit or memory["MemTotal"],
-        cpu_us=_cpu_us(),
-        processes=_number("pids.current"),
+        cpu_us=cgroup.table(MAIN, "cpu.stat").get("usage_usec", 0),
+        processes=cgroup.number(MAIN, "pids.current"),
         uptime_s=float(system.read_text("/proc/uptime").split()[0]),
         guest_memory_total_bytes=memory["MemTotal"],
         guest_memory_available_bytes=memory["MemAvailable"],
@@ -54,23 +55,3 @@ def _nodes(folder: str, shown: str) -> List[str]:
         elif stat.S_ISDIR(mode):
             found += _nodes(path, f"{shown}/{name}")
     return found
-
-
-def _number(name: str) -> int:
-    try:
-        text = system.read_text(f"{container.CGROUP}/{name}").strip()
-    except FileNotFoundError:
-        return 0  # no container was started yet
-    return 0 if text == "max" else int(text)
-
-
-def _cpu_us() -> int:
-    try:
-        lines = system.read_text(f"{container.CGROUP}/cpu.stat").splitlines()
-    except FileNotFoundError:
-        return 0
-    for line in lines:
-        name, _, value = line.partition(" ")
-        if name == "usage_usec":
-            return int(value)
-    return 0

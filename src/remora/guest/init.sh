@@ -6,7 +6,8 @@ ulimit -n 16384 # three descriptors for each connection to the accelerator
 fail() { echo "remora: $1"; $B reboot -f; }
 $B mount -t devtmpfs dev /dev
 $B mount -t sysfs sys /sys
-$B modprobe -a $($B cat /modules) || fail "a kernel module did not load"
+# The kernel hands arguments that it does not know to init: remora_net=1.
+$B modprobe -a $($B cat /modules ${remora_net:+/modules.net}) || fail "a kernel module did not load"
 disk= tries=0
 while [ -z "$disk" ]; do
   for block in /sys/block/vd*; do

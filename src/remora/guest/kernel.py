@@ -18,6 +18,8 @@ CHANNEL_PORT_NAME = "remora.0"
 MAX_SERIAL_BYTES = 20
 #: Kernel argument by which PID 1 learns that `remora.ready()` is to block until Resume.
 TEMPLATE_ARGUMENT = "remora.template=1"
+#: Kernel argument that has init load the network card's driver. Without a dot: then it is an environment variable.
+NETWORK_ARGUMENT = "remora_net=1"
 
 #: Death of PID 1 ends the VM: panic reboots at once, by triple fault, and the VMM exits instead (QEMU: -no-reboot).
 _ALWAYS = ("panic=-1", "reboot=t", "audit=0", "random.trust_cpu=on", "cryptomgr.notests", "rcupdate.rcu_expedited=1")

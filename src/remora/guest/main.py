@@ -13,13 +13,17 @@ import sys
 from remora.guest import kernel, rootfs, system
 from remora.guest.channel import Channel, Stream, find_port
 from remora.guest.children import Children
-from remora.guest.container import Container, Running
+from remora.guest.containers import Containers
 from remora.guest.control import Control
 from remora.guest.forwarder import Forwarder
+from remora.guest.pod import Pod
 from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.guest.ready import Ready
+from remora.guest.running import Running
+from remora.guest.single import Single
 from remora.guest.stdio import Attaching, Stdio
 from remora.reactor import Reactor
+from remora.wire.guest_pod_v1 import FORWARD_PORT
 from remora.wire.guest_v1 import CONTROL_PORT, STDIO_PORT
 from remora.wire.ttrpc.reactor import ServerConnection
 
@@ -34,13 +38,16 @@ class Guest:
     def __init__(self, reactor: Reactor, port: int, *, shared: str, template: bool) -> None:
         self._reactor = reactor
         children = Children(reactor)
-        self.container = Container(reactor, children, self._started)
+        self.containers = Containers(reactor, children, self._started)
+        single = Single(reactor, self.containers)
+        pod = Pod(reactor, children, self.containers)
         self._attaching = Attaching(self._find_stdio)
-        services = {CONTROL_PORT: self._serve, STDIO_PORT: self._attaching.accept}
+        services = {CONTROL_PORT: self._serve, STDIO_PORT: self._attaching.accept, FORWARD_PORT: self._forward}
         self.channel = Channel(reactor, port, services, self._restarted)
         self.ready = Ready(reactor, f"{shared}/guest.sock", template=template)
         self.forwarder = Forwarder(reactor, shared, self.channel)
-        self.control = Control(reactor, self.container, self.ready, self.forwarder, self.channel.when_drained)
+        drained = self.channel.when_drained
+        self.control = Control(reactor, self.containers, single, pod, self.ready, self.forwarder, drained)
 
     def _serve(self, stream: Stream) -> None:
         """ttrpc speaks to a socket: give it one, and carry its bytes."""
@@ -60,10 +67,15 @@ class Guest:
         stream.on_reset = finish
 
     def _find_stdio(self, name: str) -> Optional[Stdio]:
-        for running in self.container.all():
+        for running in self.containers.running():
             if running.name == name and running.pid:
                 return running.stdio
         return None
+
+    def _forward(self, stream: Stream) -> None:
+        from remora.guest.portforward import Forward  # few guests are asked for it
+
+        Forward(self._reactor, stream)
 
     def _started(self, running: Running) -> None:
         self._attaching.started(running.name, running.stdio)

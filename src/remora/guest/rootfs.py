@@ -55,7 +55,7 @@ def setup(request: SetupRequest) -> List[Dict[str, Any]]:
     if not request.layers:
         raise InvalidArgumentError("Setup names no layers: a container needs at least one")
     disks = system.disks()
-    lower = [_mount_disk(disks, serial, f"{BASE}/layers/{index}") for index, serial in enumerate(request.layers)]
+    lower = [mount_disk(disks, serial, f"{BASE}/layers/{index}") for index, serial in enumerate(request.layers)]
     _mount_root(lower, request.overlay_bytes or memory_bytes()["MemTotal"] // 2)
     mounts = []
     for index, mount in enumerate(request.mounts):
@@ -94,10 +94,10 @@ def _mount_root(lower: List[str], size: int) -> None:
     os.mkdir(f"{writable}/work")
     # overlayfs wants the topmost layer first.
     options = f"lowerdir={':'.join(reversed(lower))},upperdir={writable}/upper,workdir={writable}/work"
-    _mount_or_explain("overlay", "root", ROOT, options)
+    mount_or_explain("overlay", "root", ROOT, options)
 
 
-def _mount_disk(disks: Dict[str, str], serial: str, target: str, kind: str = "erofs", readonly: bool = True) -> str:
+def mount_disk(disks: Dict[str, str], serial: str, target: str, kind: str = "erofs", readonly: bool = True) -> str:
     device = disks.get(serial)
     if device is None:
         raise FailedPreconditionError(
@@ -105,7 +105,7 @@ def _mount_disk(disks: Dict[str, str], serial: str, target: str, kind: str = "er
             fix="attach it as virtio-blk before the microVM starts",
         )
     os.makedirs(target, exist_ok=True)
-    _mount_or_explain(kind, device, target, "ro" if readonly else "rw")
+    mount_or_explain(kind, device, target, "ro" if readonly else "rw")
     return target
 
 
@@ -118,12 +118,12 @@ def _extra_mount(disks: Dict[str, str], mount: Mount, place: str) -> Dict[str, A
         return {"destination": mount.destination, "type": "tmpfs", "source": "tmpfs", "options": options}
     if mount.type != "disk":
         raise InvalidArgumentError(f"mount type {mount.type!r} is none of: disk, tmpfs")
-    kind = _file_system(disks.get(mount.source, ""))
-    _mount_disk(disks, mount.source, place, kind, mount.readonly or kind == "erofs")
+    kind = file_system(disks.get(mount.source, ""))
+    mount_disk(disks, mount.source, place, kind, mount.readonly or kind == "erofs")
     return bundle.bind(place, mount.destination, mount.readonly)
 
 
-def _file_system(device: str) -> str:
+def file_system(device: str) -> str:
     """Tell erofs (magic 0xE0F5E1E2 at 1024) from ext4 (0xEF53 at 1080)."""
     if not device:
         return "erofs"  # mounting reports that the disk is missing
@@ -132,7 +132,7 @@ def _file_system(device: str) -> str:
     return "ext4" if start[1080:1082] == b"\x53\xef" else "erofs"
 
 
-def _mount_or_explain(kind: str, source: str, target: str, options: str) -> None:
+def mount_or_explain(kind: str, source: str, target: str, options: str) -> None:
     try:
         system.mount(kind, source, target, options)
     except OSError as error:

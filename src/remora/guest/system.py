@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Dict, List, Optional, Sequence
 
+    from remora.wire.guest_v1 import Identity
+
 BUSYBOX = "/usr/bin/busybox"
 #: Child processes get the default reaction to what Python ignores.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -129,6 +131,31 @@ def reseed(entropy: bytes) -> None:
 def set_clock(time_ns: int) -> None:
     if time_ns > 0:
         time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
+
+
+def identify(identity: Identity) -> None:
+    """Take over what makes this microVM different from its template, but for the name."""
+    reseed(bytes(identity.entropy))
+    set_clock(identity.time_ns)
+
+
+def pause_s(seconds: float) -> None:
+    """Wait; everything waits meanwhile."""
+    time.sleep(seconds)
+
+
+def unmount(target: str) -> None:
+    """Take a mount down, at once for whoever looks; a process that still uses it keeps it for itself."""
+    try:
+        run([BUSYBOX, "umount", "-l", target])
+    except OSError:
+        pass  # it was not mounted
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file or a directory with all below it, as far as it is there."""
+    if os.path.lexists(path):
+        run([BUSYBOX, "rm", "-rf", path])
 
 
 def loopback_up() -> None:

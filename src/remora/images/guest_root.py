@@ -15,8 +15,16 @@ from pathlib import Path
 
 from remora.errors import FailedPreconditionError
 
-#: Imported by PID 1 only when something fails, so the import trace does not show them.
-_LATE_MODULES = ("traceback", "encodings.idna", "encodings.latin_1", "stringprep", "unicodedata", "codecs")
+#: Imported by PID 1 only when something fails or is asked for, so the import trace does not show them.
+_LATE_MODULES = (
+    "traceback",
+    "encodings.idna",
+    "encodings.latin_1",
+    "stringprep",
+    "unicodedata",
+    "codecs",
+    "remora.guest.portforward",
+)
 _LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/lib")
 _MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "etc", "root", "var")
 #: What the SDK consists of inside a container, below /run/remora/sdk.

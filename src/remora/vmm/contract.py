@@ -47,6 +47,14 @@ class Disk(NamedTuple):
     rate: Rate = Rate()
 
 
+class Slot(NamedTuple):
+    """A disk whose medium comes while the machine runs (`SlottedMachine.insert`); until then it is empty. Made because
+    microVM machines have no hot-plug, while every monitor can change the file behind a disk."""
+
+    serial: str
+    readonly: bool = True
+
+
 class Network(NamedTuple):
     """A network device on a tap that exists in the network namespace in which the monitor runs."""
 
@@ -75,6 +83,7 @@ class VmSpec(NamedTuple):
     #: In the order in which the guest sees them.
     disks: tuple[Disk, ...] = ()
     networks: tuple[Network, ...] = ()
+    slots: tuple[Slot, ...] = ()
     #: File that holds the guest's memory (templates and clones); None: anonymous memory.
     ram_file: Path | None = None
     #: True: writes stay private to this machine (a clone); False: they go to `ram_file` (a template).
@@ -128,6 +137,17 @@ class Machine(Protocol):
 
     def close(self) -> None:
         """Kill and reap the process and close everything that belongs to it."""
+
+
+class SlottedMachine(Machine, Protocol):
+    """A machine whose slots can be filled and emptied while it runs."""
+
+    def insert(self, serial: str, path: Path) -> None:
+        """Put a medium into a slot. Its size is the slot's, whatever the file's: what lies behind the file's end is
+        not to be read."""
+
+    def eject(self, serial: str) -> None:
+        """Empty a slot that the guest no longer uses."""
 
 
 class Driver(Protocol):

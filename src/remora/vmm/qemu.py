@@ -8,21 +8,26 @@ device, and dies with the thread that started it (PR_SET_PDEATHSIG).
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from remora.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from remora.guest.kernel import CHANNEL_PORT_NAME, MAX_SERIAL_BYTES
-from remora.vmm.contract import Capabilities, Machine, VmSpec
+from remora.vmm.contract import Capabilities, Rate, SlottedMachine, VmSpec
 from remora.vmm.process import MonitorProcess, spawn
 from remora.vmm.qmp import QmpClient
 
 BINARY = "qemu-system-x86_64"
 #: virtio-mmio has 24 slots with ACPI; the serial bus takes one, the rest is left free.
 MAX_DISKS = 20
+MAX_DEVICES = 23
+#: What the guest sees as the size of a slot; a read-only disk could not tell it of a change.
+SLOT_BYTES = 1 << 40
 #: Smallest memory with which the guest OS image boots (measured; docs/running.md).
 MIN_MEMORY_MIB = 80
 #: MiB that translated code may take: without it one emulated guest grows by several hundred MiB.
@@ -50,13 +55,12 @@ def check(spec: VmSpec) -> None:
             f"the image and its mounts need {len(spec.disks)} disks and a microVM takes {MAX_DISKS}",
             fix="build the image with fewer layers",
         )
-    if spec.networks:
-        raise InvalidArgumentError("QEMU's microVMs get no network device yet", fix="leave the network out")
-    for disk in spec.disks:
-        if not disk.readonly:
-            raise InvalidArgumentError(
-                f"the disk {disk.serial} is writable", fix="QEMU's microVMs take read-only disks"
-            )
+    devices = len(spec.disks) + len(spec.slots) + len(spec.networks)
+    if devices > MAX_DEVICES:
+        raise InvalidArgumentError(f"{devices} disks and network cards were asked for; a microVM takes {MAX_DEVICES}")
+    if any(network.receive != Rate() or network.send != Rate() for network in spec.networks):
+        raise InvalidArgumentError("QEMU does not bound a network's rate", fix="have CNI's bandwidth plugin do it")
+    for disk in (*spec.disks, *spec.slots):
         if len(disk.serial) > MAX_SERIAL_BYTES:
             raise InvalidArgumentError(f"the disk serial '{disk.serial}' has more than {MAX_SERIAL_BYTES} characters")
 
@@ -102,11 +106,25 @@ def command_line(
         *("-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT_NAME}"),
     ]
     for number, disk in enumerate(spec.disks):
-        drive = f"id=d{number},file={_quote(str(disk.path))},format=raw,if=none,readonly=on"
+        drive = f"id=d{number},file={_quote(str(disk.path))},format=raw,if=none,"
+        # A writable disk does not outlive its machine: nothing has to reach the platter.
+        drive += "readonly=on" if disk.readonly else "readonly=off,cache=unsafe,discard=unmap"
         arguments += ["-drive", drive, "-device", f"virtio-blk-device,drive=d{number},serial={disk.serial}"]
+    for slot in spec.slots:
+        node = {"driver": "raw", "node-name": slot.serial, "read-only": slot.readonly, "file": _empty(slot.readonly)}
+        arguments += ["-blockdev", json.dumps(node)]
+        arguments += ["-device", f"virtio-blk-device,drive={slot.serial},serial={slot.serial}"]
+    for number, network in enumerate(spec.networks):
+        arguments += ["-netdev", f"tap,id=n{number},ifname={network.tap},script=no,downscript=no"]
+        arguments += ["-device", f"virtio-net-device,netdev=n{number},mac={network.mac}"]
     if spec.incoming:
         arguments += ["-incoming", "defer"]
     return tuple(arguments)
+
+
+def _empty(readonly: bool) -> dict[str, Any]:
+    """Return the medium of an empty slot: zeros."""
+    return {"driver": "null-co", "read-zeroes": True, "size": SLOT_BYTES, "read-only": readonly}
 
 
 def _quote(value: str) -> str:
@@ -133,9 +151,16 @@ def find_binary() -> str:
 class QemuMachine(MonitorProcess):
     """One QEMU process. Not thread-safe, except that `kill` and `reap` may come from another thread."""
 
-    def __init__(self, pid: int, qmp: socket.socket, console: socket.socket) -> None:
+    def __init__(
+        self, pid: int, qmp: socket.socket, console: socket.socket, slots: dict[str, bool] | None = None
+    ) -> None:
+        """`slots`: whether each is read-only, by serial."""
         super().__init__(pid, console)
         self._qmp = QmpClient(qmp)
+        self._slots = slots or {}
+        self._media = 0
+        #: The node that a command has put into a slot.
+        self._inserted: dict[str, str] = {}
 
     def connect(self, timeout_s: float) -> None:
         self._qmp.handshake(timeout_s)
@@ -178,6 +203,27 @@ class QemuMachine(MonitorProcess):
                     fix="check the free space of the state directory",
                 )
             self._pause(deadline_s, "save the machine", timeout_s)
+
+    def insert(self, serial: str, path: Path) -> None:
+        self._change(serial, {"driver": "file", "filename": str(path), "read-only": self._slots[serial]})
+
+    def eject(self, serial: str) -> None:
+        self._change(serial, _empty(self._slots[serial]))
+
+    def _change(self, serial: str, medium: dict[str, Any]) -> None:
+        self._media += 1
+        node = f"medium{self._media}"
+        self._qmp.command("blockdev-add", {"node-name": node, **medium})
+        whole = {"driver": "raw", "node-name": serial, "read-only": self._slots[serial], "file": node}
+        try:
+            self._qmp.command("blockdev-reopen", {"options": [whole]})
+        except FailedPreconditionError:
+            self._qmp.command("blockdev-del", {"node-name": node})
+            raise
+        before = self._inserted.pop(serial, None)
+        if before is not None:
+            self._qmp.command("blockdev-del", {"node-name": before})
+        self._inserted[serial] = node
 
     @staticmethod
     def _pause(deadline_s: float, what: str, timeout_s: float) -> None:
@@ -234,9 +280,9 @@ class QemuDriver:
                 qmp.close()
                 console.close()
                 raise
-        return QemuMachine(pid, qmp, console)
+        return QemuMachine(pid, qmp, console, {slot.serial: slot.readonly for slot in spec.slots})
 
 
-def _conforms(machine: QemuMachine) -> Machine:
+def _conforms(machine: QemuMachine) -> SlottedMachine:
     """mypy proves here that the class fulfils the contract."""
     return machine
