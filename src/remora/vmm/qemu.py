@@ -60,9 +60,9 @@ def check(spec: VmSpec) -> None:
         raise InvalidArgumentError(f"{devices} disks and network cards were asked for; a microVM takes {MAX_DEVICES}")
     if any(network.receive != Rate() or network.send != Rate() for network in spec.networks):
         raise InvalidArgumentError("QEMU does not bound a network's rate", fix="have CNI's bandwidth plugin do it")
-    for disk in (*spec.disks, *spec.slots):
-        if len(disk.serial) > MAX_SERIAL_BYTES:
-            raise InvalidArgumentError(f"the disk serial '{disk.serial}' has more than {MAX_SERIAL_BYTES} characters")
+    for serial in (*(disk.serial for disk in spec.disks), *(slot.serial for slot in spec.slots)):
+        if len(serial) > MAX_SERIAL_BYTES:
+            raise InvalidArgumentError(f"the disk serial '{serial}' has more than {MAX_SERIAL_BYTES} characters")
 
 
 def command_line(
