@@ -21,6 +21,11 @@ TEMPLATE_ARGUMENT = "remora.template=1"
 #: Kernel argument that has init load the network card's driver. Without a dot: then it is an environment variable.
 NETWORK_ARGUMENT = "remora_net=1"
 
+#: Kernel argument by which the guest opens its channel on vsock and not on a virtio-serial port.
+VSOCK_ARGUMENT = "remora.vsock=1"
+#: Kernel argument with the disks' serials in the order of their devices: for monitors that give a disk no serial.
+DISKS_ARGUMENT = "remora.disks="
+
 #: Death of PID 1 ends the VM: panic reboots at once, by triple fault, and the VMM exits instead (QEMU: -no-reboot).
 _ALWAYS = ("panic=-1", "reboot=t", "audit=0", "random.trust_cpu=on", "cryptomgr.notests", "rcupdate.rcu_expedited=1")
 #: Only where the CPU is emulated: boot time (KASLR, mitigations) and a timer check that a busy host fails.
@@ -28,7 +33,13 @@ _EMULATED = ("tsc=reliable", "nokaslr", "mitigations=off", "no_timer_check")
 
 
 def kernel_arguments(
-    tsc_khz: Optional[int], *, console: bool = False, template: bool = False, extra: Sequence[str] = ()
+    tsc_khz: Optional[int],
+    *,
+    console: bool = False,
+    template: bool = False,
+    vsock: bool = False,
+    disks: Sequence[str] = (),
+    extra: Sequence[str] = (),
 ) -> str:
     """Return the guest's kernel command line.
 
@@ -37,6 +48,8 @@ def kernel_arguments(
             busy host disturbs, and hangs in most boots. None under KVM, which has a clock of its own.
         console: Print the kernel's messages on ttyS0. PID 1's own errors go there either way.
         template: `remora.ready()` blocks until the host sends Resume.
+        vsock: The monitor gives the guest a vsock device (Firecracker, Cloud Hypervisor).
+        disks: The disks' serials in their order, where the monitor does not tell the guest serials (Firecracker).
         extra: Further arguments, for tests and debugging.
     """
     arguments: List[str] = ["console=ttyS0"]
@@ -48,6 +61,10 @@ def kernel_arguments(
         arguments += _EMULATED
     if template:
         arguments.append(TEMPLATE_ARGUMENT)
+    if vsock:
+        arguments.append(VSOCK_ARGUMENT)
+    if disks:
+        arguments.append(DISKS_ARGUMENT + ",".join(disks))
     arguments += extra
     return " ".join(arguments)
 

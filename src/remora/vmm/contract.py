@@ -116,11 +116,22 @@ class Machine(Protocol):
     def console(self) -> socket.socket:
         """What the guest's console and the process itself write; its owner calls `read_console` when it is ready."""
 
+    @property
+    def channel_directory(self) -> Path:
+        """Where the guest's channel is (vmm/channel.py); it must be listened in before `connect` if the guest is to
+        reach a port from its first moment on."""
+
     def read_console(self) -> bool:
         """Take what was written and keep its tail; False at its end."""
 
     def connect(self, timeout_s: float) -> None:
-        """Wait until the process takes commands."""
+        """Wait until the process takes commands, and start the guest unless it was made with `incoming`."""
+
+    def pause(self) -> None:
+        """Stop the guest's CPUs until `resume`; its streams stay."""
+
+    def resume(self) -> None:
+        """Let the guest go on."""
 
     def restore(self, state: Path, timeout_s: float) -> None:
         """Load what `save` wrote into a machine made with `incoming`, and let it run."""

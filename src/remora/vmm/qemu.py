@@ -19,7 +19,7 @@ from typing import Any
 from remora.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from remora.guest.kernel import CHANNEL_PORT_NAME, MAX_SERIAL_BYTES
 from remora.vmm.contract import Capabilities, Rate, SlottedMachine, VmSpec
-from remora.vmm.process import MonitorProcess, spawn
+from remora.vmm.process import MonitorProcess, find_program, first_line, spawn
 from remora.vmm.qmp import QmpClient
 
 BINARY = "qemu-system-x86_64"
@@ -138,11 +138,8 @@ def find_binary() -> str:
     Raises:
         FailedPreconditionError: it is not installed; the message names the package.
     """
-    # Not shutil.which: its import costs a clone 6 ms.
-    for directory in os.get_exec_path():
-        path = os.path.join(directory, BINARY)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
+    if (path := find_program(BINARY)) is not None:
+        return path
     raise FailedPreconditionError(
         f"{BINARY} is not installed", fix="install it: apt-get install qemu-system-x86 (or run `make system`)"
     )
@@ -152,18 +149,34 @@ class QemuMachine(MonitorProcess):
     """One QEMU process. Not thread-safe, except that `kill` and `reap` may come from another thread."""
 
     def __init__(
-        self, pid: int, qmp: socket.socket, console: socket.socket, slots: dict[str, bool] | None = None
+        self,
+        pid: int,
+        qmp: socket.socket,
+        console: socket.socket,
+        directory: Path,
+        slots: dict[str, bool] | None = None,
     ) -> None:
         """`slots`: whether each is read-only, by serial."""
         super().__init__(pid, console)
         self._qmp = QmpClient(qmp)
+        self._directory = directory
         self._slots = slots or {}
         self._media = 0
         #: The node that a command has put into a slot.
         self._inserted: dict[str, str] = {}
 
+    @property
+    def channel_directory(self) -> Path:
+        return self._directory
+
     def connect(self, timeout_s: float) -> None:
         self._qmp.handshake(timeout_s)
+
+    def pause(self) -> None:
+        self._qmp.command("stop")
+
+    def resume(self) -> None:
+        self._qmp.command("cont")
 
     def restore(self, state: Path, timeout_s: float) -> None:
         state_fd = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
@@ -249,8 +262,7 @@ class QemuDriver:
     @property
     def version(self) -> str:
         if not self._version:
-            with os.popen(f"'{self._binary}' --version") as output:
-                match = re.search(r"version (\d+\.\d+\.\d+)", output.read())
+            match = re.search(r"version (\d+\.\d+\.\d+)", first_line(self._binary, "--version"))
             if match is None:
                 raise FailedPreconditionError(f"{self._binary} does not tell its version", fix="reinstall QEMU")
             self._version = match[1]
@@ -280,7 +292,7 @@ class QemuDriver:
                 qmp.close()
                 console.close()
                 raise
-        return QemuMachine(pid, qmp, console, {slot.serial: slot.readonly for slot in spec.slots})
+        return QemuMachine(pid, qmp, console, directory, {slot.serial: slot.readonly for slot in spec.slots})
 
 
 def _conforms(machine: QemuMachine) -> SlottedMachine:

@@ -1,0 +1,194 @@
+"""Firecracker: starts one process per microVM, tells it over its API what to be, and keeps it in a jail if run as root.
+
+The guest's channel is Firecracker's own hybrid vsock: `channel.sock` in the directory that `Machine.channel_directory`
+names, with one socket per port beside it for the guest's connects (its docs/vsock.md).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from remora.errors import FailedPreconditionError, InvalidArgumentError
+from remora.vmm import firecracker_api as fc
+from remora.vmm import jail as jails
+from remora.vmm.api_machine import CALL_S, ApiMachine, spawn_with_console
+from remora.vmm.contract import Capabilities, Driver, Machine, VmSpec
+from remora.vmm.process import find_program, first_line
+
+BINARY = "firecracker"
+JAILER = "jailer"
+_API_SOCKET = "firecracker.sock"
+_CAPABILITIES = Capabilities(
+    snapshot=True, clone=True, live_migration=False, hot_plug=False, emulation=False, channel="vsock"
+)
+
+
+class FirecrackerMachine(ApiMachine):
+    """One Firecracker process. Not thread-safe, except that `kill` and `reap` may come from another thread."""
+
+    def __init__(
+        self,
+        pid: int,
+        console: socket.socket,
+        *,
+        api_path: Path,
+        spec: VmSpec,
+        version: fc.Version,
+        directory: Path,
+        jail: jails.Jail | None,
+    ) -> None:
+        super().__init__(pid, console, api_path=api_path, monitor="Firecracker", spec=spec)
+        self._version = version
+        self._jail = jail
+        self._directory = directory
+
+    @property
+    def channel_directory(self) -> Path:
+        return self._directory if self._jail is None else self._jail.root
+
+    def connect(self, timeout_s: float) -> None:
+        self._api.wait(timeout_s, self.reap)
+        if not self._spec.incoming:
+            for request in fc.boot_requests(self._spec, self._version, self._files()):
+                self._api.send(request, timeout_s=CALL_S)
+
+    def pause(self) -> None:
+        fc.check_pause(self._version)
+        self._api.send(fc.pause())
+
+    def resume(self) -> None:
+        self._api.send(fc.resume())
+
+    def save(self, state: Path, timeout_s: float) -> None:
+        memory = self._new_state(state)
+        if self._jail is None:
+            written = (state, memory)
+            names = (str(state), str(memory))
+        else:
+            written = (self._jail.root / "state", self._jail.root / "memory")
+            names = ("/state", "/memory")
+        for request in fc.save_requests(self._version, state=names[0], memory=names[1]):
+            self._api.send(request, timeout_s=timeout_s)
+        for source, target in zip(written, (state, memory), strict=True):
+            _keep(source, target)
+
+    def restore(self, state: Path, timeout_s: float) -> None:
+        memory = self._memory_file()
+        names = (str(state), str(memory))
+        if self._jail is not None:
+            self._files()
+            names = (jails.place(self._jail, state, "state"), jails.place(self._jail, memory, "memory"))
+        taps = [network.tap for network in self._spec.networks]
+        for request in fc.restore_requests(self._version, state=names[0], memory=names[1], taps=taps):
+            self._api.send(request, timeout_s=timeout_s)
+
+    def take_memory(self, amount_mib: int) -> None:
+        """Have the guest's balloon hold `amount_mib`; needs `reclaim`."""
+        self._api.send(fc.balloon_request(amount_mib, self._version))
+
+    def close(self) -> None:
+        super().close()
+        if self._jail is not None:
+            import shutil
+
+            shutil.rmtree(self._jail.root.parent, ignore_errors=True)
+
+    def _files(self) -> fc.Files:
+        """Return the machine's files as the process sees them; into a jail they are put first."""
+        spec = self._spec
+        if self._jail is None:
+            return fc.Files(str(spec.kernel), str(spec.initrd), tuple(str(disk.path) for disk in spec.disks))
+        return fc.Files(
+            jails.place(self._jail, spec.kernel, "kernel"),
+            jails.place(self._jail, spec.initrd, "initrd"),
+            tuple(
+                jails.place(self._jail, disk.path, f"d{number}", writable=not disk.readonly)
+                for number, disk in enumerate(spec.disks)
+            ),
+        )
+
+
+def _keep(source: Path, target: Path) -> None:
+    """Move what a jail wrote to where it belongs, and have it on disk before anybody counts on it."""
+    if source != target:
+        import shutil
+
+        shutil.move(source, target)
+        os.chown(target, os.geteuid(), os.getegid())
+    os.chmod(target, 0o600)
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class FirecrackerDriver:
+    """Starts microVMs with the Firecracker that is installed.
+
+    Args:
+        binary: Its path; None: the one on PATH.
+        jail: How to lock each process in; None: as the caller's user, with Firecracker's own seccomp filter only.
+    """
+
+    name = "firecracker"
+    capabilities = _CAPABILITIES
+
+    def __init__(self, binary: str | None = None, *, jail: jails.Jail | None = None, jailer: str | None = None) -> None:
+        found = binary or find_program(BINARY)
+        if found is None:
+            raise FailedPreconditionError(
+                "firecracker is not installed", fix="put a release of Firecracker on PATH, or use QEMU: --vmm qemu"
+            )
+        self._binary = found
+        self._jail = jail
+        self._jailer = jailer or find_program(JAILER) or ""
+        if jail is not None and not self._jailer:
+            raise FailedPreconditionError(
+                "Firecracker's jailer is not installed", fix="put the jailer of the same release on PATH"
+            )
+        self._version: fc.Version | None = None
+
+    @property
+    def version(self) -> str:
+        return str(self.release)
+
+    @property
+    def release(self) -> fc.Version:
+        """The version, comparable."""
+        if self._version is None:
+            self._version = fc.parse_version(first_line(self._binary, "--version"))
+        return self._version
+
+    def start(
+        self, spec: VmSpec, *, directory: Path, channel_fd: int | None = None, keep_fds: tuple[int, ...] = ()
+    ) -> FirecrackerMachine:
+        if channel_fd is not None:
+            raise InvalidArgumentError("Firecracker serves the guest's channel itself and takes no socket for it")
+        fc.check(spec, self.release)
+        jail = self._jail
+        if jail is None:
+            socket_path = directory / _API_SOCKET
+            arguments: tuple[str, ...] = (self._binary, "--api-sock", _API_SOCKET, "--id", _id(directory.name))
+        else:
+            socket_path = jail.root / jails.API_SOCKET
+            arguments = jails.command_line(jail, self._jailer)
+        # Left by a process that was killed; Firecracker refuses to listen on a file that exists.
+        for stale in (socket_path, socket_path.parent / "channel.sock"):
+            stale.unlink(missing_ok=True)
+        pid, console = spawn_with_console(arguments, keep_fds=keep_fds, directory=directory)
+        return FirecrackerMachine(
+            pid, console, api_path=socket_path, spec=spec, version=self.release, directory=directory, jail=jail
+        )
+
+
+def _id(name: str) -> str:
+    """Return a sandbox's name as an instance's: 1 to 64 letters, digits and hyphens."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:64] or "microvm"
+
+
+def _conforms(machine: FirecrackerMachine, driver: FirecrackerDriver) -> tuple[Machine, Driver]:
+    """mypy proves here that the classes fulfil the contract."""
+    return machine, driver
