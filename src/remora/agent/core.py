@@ -234,6 +234,7 @@ class Core:
         self.sessions.expire()
         self.scheduler.expire()
         self.log.sweep()
+        self.store.tidy()
         for peer, limit in self.peers.sweep():
             refusal = of_limit(limit, self.policy, self.policy_source[0])
             self.log.of_tenant(

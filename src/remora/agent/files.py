@@ -2,15 +2,20 @@
 
     <state>/resources/<first two digits>/<64 digits>   complete: verified, synced, named by what it holds
     <state>/partial/<tenant's hash>/<64 digits>        an upload under way; its size is how far it got
+    <state>/replaced/<number>                          what a finished upload took the place of, until it is removed
 
 A file gets its final name only after its bytes have the right digest and are on the disk, and the name itself is
 synced before anyone is told: what was acknowledged survives SIGKILL and power loss. No knowledge of tenants' rights.
+
+Two tenants may upload the same bytes, and neither may learn it from how long that takes: an upload goes through the
+same steps whether its name was taken or not, and what it replaces is removed later (`clear_replaced`).
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -76,14 +81,37 @@ def file_digest(path: Path) -> str:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
+#: Which file it is and when its bytes last changed: inode, mtime, size. Not ctime, which links change, too.
+Stamp = tuple[int, int, int]
+
+
+#: Of the file that had an upload's name before it, if there was one, and of the upload.
+Replaced = tuple[Stamp | None, Stamp]
+
+
+def stamp(path: Path) -> Stamp | None:
+    """Return what tells a file from any other and from itself once it is changed; None if it is not there."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 class ResourceFiles:
-    """The two directories, and what may be done in them."""
+    """The directories, and what may be done in them."""
 
     def __init__(self, state: Path) -> None:
         self.resources = state / "resources"
         self.partial = state / "partial"
-        for directory in (self.resources, self.partial):
+        self._replaced = state / "replaced"
+        for directory in (self.resources, self.partial, self._replaced):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for number in range(256):  # now: making one during an upload would tell that nobody had such a digest
+            (self.resources / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+        _sync_directory(self.resources)
+        self._numbers = itertools.count()
+        self.clear_replaced()
 
     def path(self, digest: str) -> Path:
         hexadecimal = digest.removeprefix("sha256:")
@@ -119,7 +147,7 @@ class ResourceFiles:
             progress.hasher.update(data)
         progress.received_bytes = position
 
-    def finish(self, path: Path, progress: Progress, digest: str) -> None:
+    def finish(self, path: Path, progress: Progress, digest: str) -> Replaced:
         """Verify a complete upload and give it its name.
 
         Raises:
@@ -143,15 +171,27 @@ class ResourceFiles:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            if not final.parent.is_dir():
-                final.parent.mkdir(mode=0o700, exist_ok=True)
-                _sync_directory(self.resources)
+            before = stamp(final)
+            # Removing a file takes as long as it is large, so what is replaced only gets another name for now; where
+            # nothing is, the new file gets one, too.
+            os.link(path if before is None else final, self._replaced / f"{next(self._numbers)}")
             path.replace(final)
             _sync_directory(final.parent)
+            after = stamp(final)
+        if after is None:
+            raise DataLossError(f"the file of {digest} is gone", fix="upload the resource again")
+        return before, after
+
+    def clear_replaced(self) -> None:
+        """Remove what uploads have replaced."""
+        for name in os.listdir(self._replaced):
+            (self._replaced / name).unlink(missing_ok=True)
 
     def discard(self, path: Path) -> None:
-        """Remove a file and its directory if that is empty now."""
+        """Remove a file; with the last of a tenant's unfinished uploads, their directory."""
         path.unlink(missing_ok=True)
+        if path.parent.parent != self.partial:
+            return
         try:
             path.parent.rmdir()
         except OSError:

@@ -18,7 +18,8 @@ from remora.agent.journal import Journal
 from remora.agent.ledger import Ledger
 from remora.agent.policy import Limits, StoreLimits
 from remora.agent.quotas import Quotas
-from remora.agent.upload import PutDone, Upload
+from remora.agent.upload import PutDone, Upload, check_quota
+from remora.agent.verified import Verified
 from remora.errors import (
     DataLossError,
     FailedPreconditionError,
@@ -55,7 +56,8 @@ class Store:
         self._ledger = Ledger()
         self._uploads: dict[tuple[str, str], Upload] = {}
         self._partial_bytes = 0
-        self._verified: dict[str, tuple[int, int, int]] = {}
+        self._replaced = False
+        self._verified = Verified()
         self._recover()
 
     @property
@@ -144,17 +146,16 @@ class Store:
         self._make_room(len(data))
         last = offset + len(data) == total_bytes
 
-        def write() -> None:
+        def write() -> files.Replaced | None:
             if upload.progress.received_bytes != offset:
                 raise FailedPreconditionError(
                     f"the chunk before offset {offset} was not stored", fix="ask StatResource"
                 )
             self._files.append(upload.path, upload.progress, data)
-            if last:
-                self._files.finish(upload.path, upload.progress, digest)
+            return self._files.finish(upload.path, upload.progress, digest) if last else None
 
-        def written(outcome: RemoraError | None) -> None:
-            self._written(tenant, digest, upload, len(data) if not last else 0, outcome, done)
+        def written(outcome: files.Replaced | RemoraError | None) -> None:
+            self._written(tenant, digest, upload, len(data), outcome, done)
 
         self._disk.submit(digest, write, written)
         upload.submitted_bytes += len(data)
@@ -188,25 +189,9 @@ class Store:
         if total_bytes < 1:
             raise InvalidArgumentError("a resource cannot be empty", fix="give its size as total_bytes")
         number = self._ledger.count(tenant) + sum(1 for owner, _ in self._uploads if owner == tenant)
-        if number >= self._counts.resources_per_tenant:
-            raise ResourceExhaustedError(
-                f"{number} resources are stored for this tenant (limits.resources_per_tenant)",
-                fix="ask the operator to raise it",
-            )
-        used = self._ledger.tenant_bytes[tenant]
         # Bytes belong to a tenant: of rules by label, those of a sandbox that is a tenant of its own apply.
         terms = self.quotas.terms(tenant, tenant) if self.quotas is not None else None
-        granted: int | None = terms.values["stored_bytes"] if terms is not None else None
-        if terms is not None and granted is not None:
-            if used + total_bytes > granted:
-                what = f"a resource of {total_bytes} bytes does not fit: {used} of {granted} bytes are used"
-                raise terms.exhausted("stored_bytes", what, self._limits.max_age_s)
-        elif used + total_bytes > self._limits.tenant_bytes:
-            raise ResourceExhaustedError(
-                f"a resource of {total_bytes} bytes does not fit: {used} of {self._limits.tenant_bytes} bytes are used "
-                "(store.tenant_bytes)",
-                fix="use fewer resources, or ask the operator to raise it",
-            )
+        check_quota(number, self._ledger.tenant_bytes[tenant], total_bytes, self._counts, self._limits, terms)
         path = self._files.partial_path(tenant, digest)
         try:
             received = path.stat().st_size
@@ -226,28 +211,34 @@ class Store:
         return received, complete
 
     def _written(
-        self, tenant: str, digest: str, upload: Upload, length: int, outcome: RemoraError | None, done: PutDone
+        self,
+        tenant: str,
+        digest: str,
+        upload: Upload,
+        length: int,
+        outcome: files.Replaced | RemoraError | None,
+        done: PutDone,
     ) -> None:
-        """A chunk is on the disk, or not. `length` is 0 for the last one."""
+        """A chunk is on the disk, or not; with the last one, the whole under its name."""
+        if isinstance(outcome, tuple):
+            self._replaced = True
+            self._verified.replaced(digest, self._ledger.owners(digest), *outcome)
         if upload.dropped:  # the tenant is gone
             self._disk.insist(digest, partial(self._files.discard, upload.path))
             self._remove_unowned(digest)
             done(_no_such(digest))
-            return
-        if isinstance(outcome, RemoraError):
-            if self._uploads.get((tenant, digest)) is upload:  # else a chunk before this one has failed it
-                self._failed(tenant, digest, upload, outcome, done)
-            else:
-                done(outcome)
-            return
-        if length:
+        elif isinstance(outcome, tuple):
+            self._acknowledge(tenant, digest, upload, outcome[1], done)
+        elif outcome is None:
             self._partial_bytes += length
             upload.counted_bytes += length
             done((upload.progress.received_bytes, False))
-            return
-        self._acknowledge(tenant, digest, upload, done)
+        elif self._uploads.get((tenant, digest)) is upload:
+            self._failed(tenant, digest, upload, outcome, done)
+        else:  # a chunk before this one has failed it
+            done(outcome)
 
-    def _acknowledge(self, tenant: str, digest: str, upload: Upload, done: PutDone) -> None:
+    def _acknowledge(self, tenant: str, digest: str, upload: Upload, stamp: files.Stamp, done: PutDone) -> None:
         """The file is safe; say so only when its owner is, too."""
         size, now = upload.total_bytes, self._clock()
         self._partial_bytes -= upload.counted_bytes  # it is counted as a resource from now on
@@ -257,10 +248,13 @@ class Store:
                 self._ledger.charge(tenant, -size)
             if error is None and not upload.dropped:
                 self._ledger.own(tenant, digest, size, now)
-                self._verified.pop(digest, None)
+                self._verified.note(tenant, digest, stamp)
                 upload.end((size, True), done)
                 return
-            self._forget_rows(digest)
+            if digest in self._ledger:  # others own it
+                self._journal.write(("DELETE FROM owners WHERE tenant=? AND digest=?", (tenant, digest)))
+            else:
+                self._forget_rows(digest)
             self._remove_unowned(digest)
             upload.end(error or _no_such(digest), done)
 
@@ -294,23 +288,22 @@ class Store:
             return
         path = self._files.path(digest)
 
-        def check() -> tuple[int, int, int]:
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise DataLossError(f"the file of {digest} is gone", fix="upload the resource again") from error
-            stamp = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-            if self._verified.get(digest) != stamp:
+        def check() -> files.Stamp:
+            stamp = files.stamp(path)
+            if stamp is None:
+                raise DataLossError(f"the file of {digest} is gone", fix="upload the resource again")
+            if (tenant, digest, stamp) not in self._verified:
                 self._files.verify(path, digest)
             return stamp
 
-        def checked(outcome: tuple[int, int, int] | RemoraError) -> None:
+        def checked(outcome: files.Stamp | RemoraError) -> None:
             if isinstance(outcome, DataLossError):
                 self._forget(digest)
             if isinstance(outcome, RemoraError):
                 done(outcome)
                 return
-            self._verified[digest] = outcome
+            if self.owns(tenant, digest):
+                self._verified.note(tenant, digest, outcome)
             done(path)
 
         self._disk.submit(digest, check, checked)
@@ -351,6 +344,12 @@ class Store:
         for digest in self._ledger.of_tenant(tenant):
             self._disown(tenant, digest)
 
+    def tidy(self) -> None:
+        """Free what uploads have replaced; called every second or so, so that no upload is measured by it."""
+        if self._replaced:
+            self._replaced = False
+            self._disk.insist("replaced", self._files.clear_replaced)
+
     def sweep(self) -> None:
         """Remove what nobody used for long; called now and then."""
         for tenant, digest in self._ledger.unused_since(self._clock() - self._limits.max_age_s):
@@ -374,6 +373,7 @@ class Store:
             self._partial_bytes -= size
 
     def _disown(self, tenant: str, digest: str) -> None:
+        self._verified.forget(tenant, digest)
         self._journal.write(("DELETE FROM owners WHERE tenant=? AND digest=?", (tenant, digest)))
         if self._ledger.disown(tenant, digest):
             self._forget_rows(digest)
@@ -391,7 +391,6 @@ class Store:
 
     def _remove_unowned(self, digest: str) -> None:
         """Remove a file that nobody owns; but not while someone uploads it, who may have just given it its name."""
-        self._verified.pop(digest, None)
         if digest not in self._ledger and not any(name == digest for _tenant, name in self._uploads):
             self._disk.insist(digest, partial(self._files.discard, self._files.path(digest)))
 
@@ -399,8 +398,7 @@ class Store:
         missing = self.bytes_stored + size - self._limits.total_bytes
         if missing > 0 and self._evict(missing) < missing:
             raise ResourceExhaustedError(
-                f"the store holds {self.bytes_stored} of {self._limits.total_bytes} bytes (store.total_bytes), "
-                "and sessions use all of them",
+                "the store is full, and sessions use all that is in it (store.total_bytes)",
                 fix="try again later, or ask the operator to raise it",
             )
 

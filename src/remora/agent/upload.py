@@ -6,10 +6,42 @@ from collections.abc import Callable
 from pathlib import Path
 
 from remora.agent.files import Progress
-from remora.errors import FailedPreconditionError, InvalidArgumentError, RemoraError
+from remora.agent.policy import Limits, StoreLimits
+from remora.agent.rules import Terms
+from remora.errors import FailedPreconditionError, InvalidArgumentError, RemoraError, ResourceExhaustedError
 
 #: (bytes received, complete) of an upload, or why it failed.
 PutDone = Callable[[tuple[int, bool] | RemoraError], None]
+
+
+def check_quota(
+    number: int, used_bytes: int, total_bytes: int, counts: Limits, limits: StoreLimits, terms: Terms | None
+) -> None:
+    """Refuse an upload that its tenant has no room for.
+
+    Args:
+        number: Resources and unfinished uploads that the tenant has.
+        used_bytes: What they take.
+
+    Raises:
+        ResourceExhaustedError: names the limit or the rule.
+    """
+    if number >= counts.resources_per_tenant:
+        raise ResourceExhaustedError(
+            f"{number} resources are stored for this tenant (limits.resources_per_tenant)",
+            fix="ask the operator to raise it",
+        )
+    granted: int | None = terms.values["stored_bytes"] if terms is not None else None
+    if terms is not None and granted is not None:
+        if used_bytes + total_bytes > granted:
+            what = f"a resource of {total_bytes} bytes does not fit: {used_bytes} of {granted} bytes are used"
+            raise terms.exhausted("stored_bytes", what, limits.max_age_s)
+    elif used_bytes + total_bytes > limits.tenant_bytes:
+        raise ResourceExhaustedError(
+            f"a resource of {total_bytes} bytes does not fit: {used_bytes} of {limits.tenant_bytes} bytes are used "
+            "(store.tenant_bytes)",
+            fix="use fewer resources, or ask the operator to raise it",
+        )
 
 
 class Upload:

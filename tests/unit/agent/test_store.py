@@ -216,7 +216,6 @@ def test_a_full_disk_is_an_answer_and_leaves_what_was_received(tmp_path: Path, m
 def test_a_file_that_was_never_acknowledged_does_not_survive_a_restart(tmp_path: Path) -> None:
     with rooms(tmp_path / "s") as room:
         path = room.files.path(digest_of(DATA))
-        path.parent.mkdir()
         path.write_bytes(DATA)
     with rooms(tmp_path / "s") as room:
         assert not path.exists()
@@ -316,3 +315,41 @@ def test_an_upload_that_does_not_go_on_is_removed_and_gives_its_quota_back(tmp_p
         assert not partial.exists()
         assert room.store.bytes_stored == 0
         assert put(room, "a", b"y" * 900) == (900, True)
+
+
+def test_an_upload_of_anothers_bytes_changes_nothing_for_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither reads the file again for the other's sake, so neither can tell by the time of its next load."""
+    with rooms(tmp_path / "s") as room:
+        box: Box[Any] = Box()
+        put(room, "a", DATA)
+        read: list[str] = []
+        monkeypatch.setattr(room.files, "verify", lambda _path, digest: read.append(digest))
+        for tenant in ("a", "b", "a"):
+            if tenant == "b":
+                put(room, "b", DATA)
+            room.store.open(tenant, digest_of(DATA), box)
+            assert room.wait(box) == room.files.path(digest_of(DATA))
+        room.store.open("b", digest_of(DATA), box)
+        room.wait(box)
+        assert read == []
+        replaced = tmp_path / "s" / "replaced"
+        assert list(replaced.iterdir())
+        room.store.tidy()
+        room.run_until(lambda: not list(replaced.iterdir()))
+        assert room.files.path(digest_of(DATA)).read_bytes() == DATA
+
+
+def test_a_tenant_that_goes_while_it_uploads_costs_another_owner_nothing_after_a_crash(tmp_path: Path) -> None:
+    with rooms(tmp_path / "s") as room:
+        put(room, "a", DATA)
+        box: Box[Any] = Box()
+        room.store.put("b", digest_of(DATA), 0, len(DATA), DATA, box)
+        room.run_until(lambda: (tmp_path / "s" / "replaced" / "1").exists())
+        room.store.drop_tenant("b")
+        room.wait(box)
+        room.settle()
+    with rooms(tmp_path / "s") as room:
+        assert room.store.stat("a", digest_of(DATA)) == (True, len(DATA))
+        assert room.store.stat("b", digest_of(DATA)) == (False, 0)
