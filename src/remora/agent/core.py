@@ -26,6 +26,7 @@ from remora.agent.refusals import explain, of_limit
 from remora.agent.scheduler import FairScheduler
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
+from remora.agent.tracing import Tracer
 from remora.errors import RemoraError
 from remora.reactor import Reactor
 from remora.workers.contract import Workers
@@ -81,6 +82,9 @@ class Core:
         self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
         self.peers.on_join = self._joined
         workers.on_death = self._worker_died
+        #: Follows requests for OpenTelemetry, where a collector is configured; and requests exported, lost, dropped.
+        self.tracer: Tracer | None = None
+        self.trace_counts: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
         #: Doors that keep something of their own for a session add themselves.
         self.on_session_end: list[Callable[[Session], None]] = []
         self.on_tenant_gone: list[Callable[[str], None]] = []

@@ -66,6 +66,10 @@ FAMILIES: Mapping[str, Family] = {
     "remora_worker_memory_bytes": Family("gauge", ("domain", "device"), "Resident memory of workers."),
     "remora_log_lines_dropped_total": Family("counter", (), "Log lines lost because nobody read them."),
     "remora_log_lines_suppressed_total": Family("counter", (), "Log lines beyond a tenant's budget."),
+    "remora_traces_exported_total": Family("counter", (), "Sampled requests whose spans a collector has taken."),
+    "remora_traces_dropped_total": Family(
+        "counter", ("reason",), "Sampled requests that were not exported: the buffer was full, or the collector failed."
+    ),
     "remora_draining": Family("gauge", (), "1 while the agent refuses what is new and finishes what runs."),
     "remora_start_time_seconds": Family("gauge", (), "When the agent started, since the epoch."),
     "remora_build_info": Family("gauge", ("version",), "1; the version is in the label."),

@@ -35,6 +35,8 @@ def register(core: Core, *, attachments: Callable[[], int], draining: Callable[[
     ):
         exposition.read(name, _single(value))
     exposition.read("remora_build_info", lambda: [((__version__,), 1.0)])
+    exposition.read("remora_traces_exported_total", lambda: [((), float(core.trace_counts()[0]))])
+    exposition.read("remora_traces_dropped_total", lambda: _traces_dropped(core))
     exposition.read("remora_workers", lambda: _of_workers(core, lambda _worker: 1))
     exposition.read("remora_worker_busy", lambda: _of_workers(core, lambda worker: worker.busy))
     exposition.read("remora_worker_memory_bytes", lambda: _of_workers(core, lambda worker: worker.memory_bytes))
@@ -56,6 +58,11 @@ def _resource_bytes(core: Core) -> Counter[str]:
 
 def _domain(core: Core, domain: str) -> str:
     return domain if domain == SHARED else core.metrics.label(domain) if domain else SPARE
+
+
+def _traces_dropped(core: Core) -> Iterable[Sample]:
+    _exported, lost, dropped = core.trace_counts()
+    return [(("buffer",), float(dropped)), (("collector",), float(lost))]
 
 
 def _of_workers(core: Core, value: Callable[[WorkerInfo], int]) -> Iterable[Sample]:

@@ -8,15 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from remora import __version__
 from remora.agent import lifecycle
 from remora.agent.addresses import Address
+from remora.agent.core import Core
 from remora.agent.logs import Log
 from remora.agent.models import CatalogueEntry
+from remora.agent.otlp import Exporter, TraceOptions
 from remora.agent.policy import Policy
 from remora.agent.reloading import Reloading
 from remora.agent.server import Agent
+from remora.agent.tracing import Buffer, Tracer
 from remora.reactor import Reactor
 from remora.workers.contract import Workers
 from remora.workers.settings import WorkerSettings
@@ -35,6 +39,8 @@ class Options:
     ready_fd: int | None = None
     #: Where the policy was read, and is read again on SIGHUP.
     config: Path | None = None
+    #: Where traces go; None: nowhere, and requests pay nothing for it.
+    traces: TraceOptions | None = None
 
 
 #: Descriptors for everything but callers' connections: files, workers, listeners, control, metrics.
@@ -51,6 +57,22 @@ def _within_descriptors(policy: Policy) -> Policy:
         return policy
     connections = max(1, allowed - min(_RESERVED_DESCRIPTORS, allowed // 2))
     return replace(policy, limits=replace(policy.limits, connections=connections))
+
+
+def _trace(core: Core, target: TraceOptions) -> Callable[[], None]:
+    """Follow requests from now on; returns what ends it."""
+    place = urlsplit(target.endpoint)
+    shown = f"{place.scheme}://{place.hostname}:{place.port or ''}{place.path}"  # without a password
+    buffer = Buffer()
+    change = "start the collector, or leave --trace-endpoint and OTEL_EXPORTER_OTLP_ENDPOINT out"
+    exporter = Exporter(
+        buffer,
+        target,
+        lambda reason: core.log.info("traces not exported", endpoint=shown, reason=reason, change=change),
+    )
+    core.tracer = Tracer(buffer, target.ratio)
+    core.trace_counts = lambda: (exporter.exported, exporter.lost, buffer.dropped)
+    return exporter.close
 
 
 def _end(agent: Agent, reactor: Reactor, timeout_s: float) -> None:
@@ -85,6 +107,8 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         stack.callback(workers.close)
         agent = Agent(reactor, options.state, policy, workers, catalogue, log, options.control.parent / "pods")
         stack.callback(agent.close)
+        if options.traces is not None:
+            stack.callback(_trace(agent.core, options.traces))
         agent.listen_metrics(options.metrics)
         agent.listen_control(options.control)
         addresses = [agent.listen(address) for address in options.listen]

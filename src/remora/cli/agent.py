@@ -45,6 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: unix://{paths.runtime_dir() / 'metrics.sock'})",
     )
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the lines on stderr")
+    parser.add_argument(
+        "--trace-endpoint",
+        metavar="URL",
+        help="an OTLP/HTTP collector for traces, such as http://127.0.0.1:4318 "
+        "(default: OTEL_EXPORTER_OTLP_ENDPOINT, else no traces)",
+    )
+    parser.add_argument(
+        "--trace-ratio",
+        type=float,
+        metavar="R",
+        help="share of requests to trace whose caller does not say, 0 to 1 (default: OTEL_TRACES_SAMPLER_ARG, else 1)",
+    )
     parser.add_argument("--ready-fd", type=int, metavar="N", help="write a line to this descriptor when listening")
     parser.add_argument(
         "--timeout", type=float, default=0.0, metavar="S", help="drain: give up what still runs after this long"
@@ -60,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, control: Path) -> int:
-    from remora.agent import main, policy
+    import os
+
+    from remora.agent import main, otlp, policy
     from remora.agent.addresses import parse_address, parse_listen_address
     from remora.catalog import load_catalog
     from remora.workers.pool import WorkerPool
@@ -77,6 +91,7 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         json_log=args.log_format == "json",
         ready_fd=args.ready_fd,
         config=args.config.absolute() if args.config is not None else None,
+        traces=otlp.options(args.trace_endpoint, args.trace_ratio, os.environ),
     )
     return main.run(options, load_catalog(args.models), WorkerPool)
 

@@ -10,7 +10,7 @@ import asyncio
 import time
 
 from remora.client import address as addresses
-from remora.client import calls
+from remora.client import calls, tracing
 from remora.client.aio_link import AsyncLink
 from remora.client.calls import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, DEFAULT_MODEL, RECONNECT_TIMEOUT_S
 from remora.client.continuity import Continuity
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any, Awaitable, Callable, Dict, Generator, List, Mapping, Optional, Sequence, TypeVar
 
     from remora.client.values import Label, ModelInfo, TensorSpec
+    from remora.wire.ttrpc.core import Metadata
 
     Answer = TypeVar("Answer")
 
@@ -110,14 +111,21 @@ class AsyncSession:
         return self._link.continuity.operations
 
     async def classify(
-        self, image: Any, model: str = DEFAULT_MODEL, top: int = 5, deadline: Optional[float] = None
+        self,
+        image: Any,
+        model: str = DEFAULT_MODEL,
+        top: int = 5,
+        deadline: Optional[float] = None,
+        *,
+        traceparent: Optional[str] = None,
     ) -> List[Label]:
         """Return the best labels of a picture, best first; see `remora.Session.classify`."""
         name = calls.model_name(model)
         request = calls.classify_request(image, name, top, calls.new_request_id())
+        trace = tracing.metadata(traceparent)
         self._link.continuity.check_size(request.byte_size(), "Classify")
         answer = await self._using(
-            name, lambda left_s: self._call("Classify", request, v1.ClassifyResponse, left_s), deadline
+            name, lambda left_s: self._call("Classify", request, v1.ClassifyResponse, left_s, trace), deadline
         )
         return calls.labels(answer)
 
@@ -129,14 +137,16 @@ class AsyncSession:
         deadline: Optional[float] = None,
         *,
         arrays: Optional[bool] = None,
+        traceparent: Optional[str] = None,
     ) -> Dict[str, Any]:
         """Run a model on tensors; see `remora.Session.infer`."""
         name = calls.model_name(model)
         request_id = calls.new_request_id()
         request, passed_arrays = calls.infer_request(name, inputs, outputs, request_id)
+        trace = tracing.metadata(traceparent)
         self._link.continuity.check_size(request.byte_size(), "Infer")
         answer = await self._using(
-            name, lambda left_s: self._call("Infer", request, v1.InferResponse, left_s), deadline
+            name, lambda left_s: self._call("Infer", request, v1.InferResponse, left_s, trace), deadline
         )
         return calls.arrays_or_tensors(answer, passed_arrays if arrays is None else arrays)
 
@@ -172,8 +182,10 @@ class AsyncSession:
 
     # -- what calls have in common ------------------------------------------------------------------------------------
 
-    async def _call(self, method: str, request: Any, response: Any, timeout_s: float) -> Any:
-        return await self._link.call(method, request, response, timeout_s=timeout_s)
+    async def _call(
+        self, method: str, request: Any, response: Any, timeout_s: float, metadata: Optional[Metadata] = None
+    ) -> Any:
+        return await self._link.call(method, request, response, timeout_s=timeout_s, metadata=metadata)
 
     async def _using(self, name: str, send: Callable[[float], Awaitable[Answer]], deadline: Optional[float]) -> Answer:
         """Send a request that needs a model; if the agent lost the model, give it back to it and send again."""
@@ -259,9 +271,10 @@ class AsyncModel:
         deadline: Optional[float] = None,
         *,
         arrays: Optional[bool] = None,
+        traceparent: Optional[str] = None,
     ) -> Dict[str, Any]:
         """Run the model; see `remora.Session.infer`."""
-        return await self._session.infer(self, inputs, outputs, deadline, arrays=arrays)
+        return await self._session.infer(self, inputs, outputs, deadline, arrays=arrays, traceparent=traceparent)
 
     async def unload(self) -> None:
         """Release the model. The uploaded bytes stay with the agent until it needs the room."""

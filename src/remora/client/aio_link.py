@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from remora.client.address import Address
     from remora.client.continuity import Continuity
     from remora.wire.protobuf import Message
+    from remora.wire.ttrpc.core import Metadata
 
     Response = TypeVar("Response", bound=Message)
 
@@ -99,7 +100,15 @@ class AsyncLink:
             else:
                 raise transport.no_agent(tried) from tried[-1][1]
 
-    async def call(self, method: str, request: Message, response: Type[Response], *, timeout_s: float) -> Response:
+    async def call(
+        self,
+        method: str,
+        request: Message,
+        response: Type[Response],
+        *,
+        timeout_s: float,
+        metadata: Optional[Metadata] = None,
+    ) -> Response:
         """Call one method; the request may be sent several times, so it must be idempotent or carry a request id.
 
         Raises:
@@ -110,7 +119,12 @@ class AsyncLink:
             connection = await self._connected(patience)
             try:
                 return await connection.client.call(
-                    v1.SERVICE, method, request, response, timeout_s=patience.left_s(time.monotonic())
+                    v1.SERVICE,
+                    method,
+                    request,
+                    response,
+                    timeout_s=patience.left_s(time.monotonic()),
+                    metadata=metadata,
                 )
             except UnavailableError as error:
                 judge = patience.cut if connection.client.closed else patience.refused

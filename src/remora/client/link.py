@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from typing import Deque, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar
 
     from remora.wire.protobuf import Message
+    from remora.wire.ttrpc.core import Metadata
     from remora.wire.ttrpc.sync import Stream
 
     Response = TypeVar("Response", bound=Message)
@@ -98,7 +99,15 @@ class Link:
         with self._lock:
             self._connect_first(patience)
 
-    def call(self, method: str, request: Message, response: Type[Response], *, timeout_s: float) -> Response:
+    def call(
+        self,
+        method: str,
+        request: Message,
+        response: Type[Response],
+        *,
+        timeout_s: float,
+        metadata: Optional[Metadata] = None,
+    ) -> Response:
         """Call one method; the request may be sent several times, so it must be idempotent or carry a request id.
 
         Raises:
@@ -109,7 +118,12 @@ class Link:
             connection = self._connected(patience)
             try:
                 return connection.client.call(
-                    v1.SERVICE, method, request, response, timeout_s=patience.left_s(time.monotonic())
+                    v1.SERVICE,
+                    method,
+                    request,
+                    response,
+                    timeout_s=patience.left_s(time.monotonic()),
+                    metadata=metadata,
                 )
             except UnavailableError as error:
                 judge = patience.cut if connection.client.closed else patience.refused

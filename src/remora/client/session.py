@@ -10,7 +10,7 @@ import threading
 import time
 
 from remora.client import address as addresses
-from remora.client import calls
+from remora.client import calls, tracing
 from remora.client.calls import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, DEFAULT_MODEL, RECONNECT_TIMEOUT_S
 from remora.client.continuity import Continuity
 from remora.client.link import Link
@@ -22,6 +22,8 @@ from remora.wire import remora_v1 as v1
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, TypeVar
+
+    from remora.wire.ttrpc.core import Metadata
 
     Answer = TypeVar("Answer")
 
@@ -96,7 +98,13 @@ class Session:
         return self._link.continuity.operations
 
     def classify(
-        self, image: Any, model: str = DEFAULT_MODEL, top: int = 5, deadline: Optional[float] = None
+        self,
+        image: Any,
+        model: str = DEFAULT_MODEL,
+        top: int = 5,
+        deadline: Optional[float] = None,
+        *,
+        traceparent: Optional[str] = None,
     ) -> List[Label]:
         """Return the best labels of a picture, best first.
 
@@ -106,6 +114,7 @@ class Session:
             model: A classification model of `models()`.
             top: How many labels.
             deadline: Seconds from now.
+            traceparent: W3C trace context that the call belongs to; None for OpenTelemetry's current span, if any.
 
         Raises:
             InvalidArgumentError: the bytes are no picture, or the model is none for pictures.
@@ -113,9 +122,12 @@ class Session:
         """
         name = calls.model_name(model)
         request = calls.classify_request(image, name, top, calls.new_request_id())
+        trace = tracing.metadata(traceparent)
         self._link.continuity.check_size(request.byte_size(), "Classify")
         return calls.labels(
-            self._using(name, lambda left_s: self._call("Classify", request, v1.ClassifyResponse, left_s), deadline)
+            self._using(
+                name, lambda left_s: self._call("Classify", request, v1.ClassifyResponse, left_s, trace), deadline
+            )
         )
 
     def infer(
@@ -126,6 +138,7 @@ class Session:
         deadline: Optional[float] = None,
         *,
         arrays: Optional[bool] = None,
+        traceparent: Optional[str] = None,
     ) -> Dict[str, Any]:
         """Run a model on tensors.
 
@@ -137,6 +150,7 @@ class Session:
             deadline: Seconds from now.
             arrays: True for numpy arrays as results (numpy is imported), False for `Tensor`s. None for what was
                 passed: numpy arrays if at least one input is one, else `Tensor`s.
+            traceparent: As for `classify`.
 
         Returns:
             Output name to array.
@@ -147,8 +161,11 @@ class Session:
         """
         name = calls.model_name(model)
         request, passed_arrays = calls.infer_request(name, inputs, outputs, calls.new_request_id())
+        trace = tracing.metadata(traceparent)
         self._link.continuity.check_size(request.byte_size(), "Infer")
-        answer = self._using(name, lambda left_s: self._call("Infer", request, v1.InferResponse, left_s), deadline)
+        answer = self._using(
+            name, lambda left_s: self._call("Infer", request, v1.InferResponse, left_s, trace), deadline
+        )
         return calls.arrays_or_tensors(answer, passed_arrays if arrays is None else arrays)
 
     def load(self, source: Any, *, format: str = "", deadline: Optional[float] = None) -> Model:
@@ -197,8 +214,10 @@ class Session:
 
     # -- what calls have in common ------------------------------------------------------------------------------------
 
-    def _call(self, method: str, request: Any, response: Any, timeout_s: float) -> Any:
-        return self._link.call(method, request, response, timeout_s=timeout_s)
+    def _call(
+        self, method: str, request: Any, response: Any, timeout_s: float, metadata: Optional[Metadata] = None
+    ) -> Any:
+        return self._link.call(method, request, response, timeout_s=timeout_s, metadata=metadata)
 
     def _using(self, name: str, send: Callable[[float], Answer], deadline: Optional[float]) -> Answer:
         """Send a request that needs a model; if the agent lost the model, give it back to it and send again."""
@@ -281,9 +300,10 @@ class Model:
         deadline: Optional[float] = None,
         *,
         arrays: Optional[bool] = None,
+        traceparent: Optional[str] = None,
     ) -> Dict[str, Any]:
         """Run the model; see `Session.infer`."""
-        return self._session.infer(self, inputs, outputs, deadline, arrays=arrays)
+        return self._session.infer(self, inputs, outputs, deadline, arrays=arrays, traceparent=traceparent)
 
     def unload(self) -> None:
         """Release the model. The uploaded bytes stay with the agent until it needs the room."""

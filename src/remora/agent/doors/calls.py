@@ -10,7 +10,9 @@ from remora.agent.core import Core
 from remora.agent.execution import Run
 from remora.agent.operations import Operation
 from remora.agent.peers import Peer
+from remora.agent.refusals import code_name
 from remora.agent.sessions import Session
+from remora.agent.tracing import Trace
 from remora.errors import DeadlineExceededError, InternalError, RemoraError
 from remora.wire import remora_v1, vaccel
 
@@ -27,6 +29,8 @@ class Request(Protocol):
 
     service: str
     method: str
+
+    def header(self, name: str) -> str: ...
 
     def retain(self) -> None: ...
 
@@ -45,6 +49,11 @@ def run_for(
     """
     run: Run | None = None
     over = False
+    trace = core.tracer.begin(call) if core.tracer is not None else None
+
+    def traced(error: Exception | None = None) -> None:
+        if trace is not None:
+            _end_trace(trace, call, session, operation, run, error)
 
     def done(outcome: Answer | RemoraError) -> None:
         nonlocal over
@@ -60,14 +69,20 @@ def run_for(
             except Exception as error:  # noqa: BLE001 - the border of a call: the caller gets an answer in any case
                 outcome.drop()
                 fail(as_remora_error(core, error))
+                traced(error)
+            else:
+                traced()
         elif not was_over:
             fail(outcome)
+            traced(outcome)
 
     call.retain()
     try:
         run = core.execution.run(session, operation, call.release, done)
-    except BaseException:
+    except BaseException as error:
         call.release()
+        if isinstance(error, RemoraError):
+            traced(error)
         raise
     if over or run is None:
         if not over:
@@ -81,9 +96,28 @@ def run_for(
         if not over:
             over = True  # answered by the connection, or beyond answering
             _note(core, peer, call, operation.model, reason)
+            traced(reason)
             core.execution.cancel(started)
 
     call.on_cancel(cancelled)
+
+
+def _end_trace(
+    trace: Trace, call: Request, session: Session, operation: Operation, run: Run | None, error: Exception | None
+) -> None:
+    code = "" if error is None else code_name(error) if isinstance(error, RemoraError) else "INTERNAL"
+    trace.end(
+        door=_DOORS.get(call.service, call.service),
+        method=call.method,
+        operation=operation.name,
+        model=operation.model,
+        tenant=session.tenant,
+        session=session.id,
+        received_bytes=operation.size_bytes,
+        timings=run.timings if run is not None else None,
+        code=code,
+        error=error.message if isinstance(error, RemoraError) else "",
+    )
 
 
 def _note(core: Core, peer: Peer, call: Request, model: str, reason: RemoraError) -> None:

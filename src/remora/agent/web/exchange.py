@@ -39,6 +39,10 @@ class Exchange:
         self._holders = 1
         self._on_cancel: Callable[[RemoraError], None] | None = None
 
+    def header(self, name: str) -> str:
+        """Return a header by its lower-case name, empty if it is not there."""
+        return self.headers.get(name, "")
+
     def on_cancel(self, callback: Callable[[RemoraError], None]) -> None:
         """Call with the reason when nobody waits for the answer any more."""
         self._on_cancel = callback

@@ -108,6 +108,13 @@ class Call:
             found.setdefault(pair.key, []).append(pair.value)
         return found
 
+    def header(self, name: str) -> str:
+        """Return the first value of a key of the metadata, empty if it is not there."""
+        for pair in self._metadata:
+            if pair.key == name:
+                return pair.value
+        return ""
+
     def on_cancel(self, callback: Callable[[RemoraError], None]) -> None:
         """Call with the reason when the peer is gone or the deadline has passed before the answer."""
         self._on_cancel = callback
