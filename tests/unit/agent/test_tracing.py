@@ -121,7 +121,8 @@ def test_a_collector_that_is_busy_is_asked_again_and_one_that_refuses_is_not(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("remora.agent.otlp._BACKOFF_S", (0.01,))
-    buffer, troubles = Buffer(), []
+    buffer = Buffer()
+    troubles: list[str] = []
     exporter = Exporter(buffer, TraceOptions(receiver.endpoint + "/v1/traces"), troubles.append)
     receiver.plan = [503, 429]
     end(Tracer(buffer, 1.0).begin(Carrier()))
