@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -68,6 +68,9 @@ class FakeInstantWorkers:
             result = Result(outputs=job.inputs, run_us=1)
         self._reactor.call_soon(lambda: done(result))
         return FakeJob(job, done)
+
+    def submit_together(self, jobs: Sequence[tuple[Job, Callable[[Result | RemoraError], None]]]) -> list[FakeJob]:
+        return [self.submit(job, done) for job, done in jobs]
 
     def slots(self, _domain: str) -> int:
         return 4

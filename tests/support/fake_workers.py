@@ -47,6 +47,7 @@ class FakeWorkers:
     released: list[str] = field(default_factory=list)
     pending_loads: list[Callable[[], None]] = field(default_factory=list)
     hold_loads: bool = False
+    batches: list[int] = field(default_factory=list)
     allocated_bytes: int = 0
     closed: bool = False
 
@@ -87,6 +88,10 @@ class FakeWorkers:
         pending = FakeJob(job, done)
         self.jobs.append(pending)
         return pending
+
+    def submit_together(self, jobs: Sequence[tuple[Job, Done]]) -> list[FakeJob]:
+        self.batches.append(len(jobs))
+        return [self.submit(job, done) for job, done in jobs]
 
     def finish(self, outcome: Result | RemoraError | None = None) -> None:
         """Answer the oldest job."""

@@ -7,7 +7,8 @@ ends in exactly one call of its `done`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from remora.agent.answers import OVERHEAD_BYTES, Answer, Answers, Flight, Waiter
 from remora.agent.metrics import Metrics
@@ -19,6 +20,7 @@ from remora.agent.scheduler import Scheduler
 from remora.agent.sessions import Session, Sessions
 from remora.agent.tickets import Ticket
 from remora.agent.timings import Timings
+from remora.agent.tuning import form_of
 from remora.errors import CancelledError, RemoraError
 from remora.workers.contract import Job, JobHandle, ModelSpec, Result, Workers
 
@@ -29,6 +31,7 @@ class Run:
     __slots__ = (
         "cancelled",
         "device",
+        "domain",
         "flight",
         "handle",
         "operation",
@@ -47,6 +50,7 @@ class Run:
         self.waiter = waiter
         self.flight: Flight | None = None
         self.ticket: Ticket | None = None
+        self.domain = ""
         self.handle: JobHandle | None = None
         self.timings = Timings(time.monotonic())
         #: Where its model runs, once that is known.
@@ -79,6 +83,7 @@ class Execution:
         self._metrics = metrics
         self._call_soon = call_soon
         self._runs: dict[str, set[Run]] = {}  # by session
+        scheduler.together = self._start_together
 
     def run(self, session: Session, operation: Operation, release: Callable[[], None], done: Waiter) -> Run | None:
         """Run an operation; `done` gets the answer, which it must drop, or the error.
@@ -167,23 +172,50 @@ class Execution:
         terms = self._quotas.terms(run.session.owner, run.session.tenant)
         device = "cpu" if run.operation.name == COMPUTE else self._models.device(domain, run.operation.model)
         terms.check("devices", device)
-        run.device = device
-        run.ticket = Ticket(
+        run.device, run.domain = device, domain
+        run.ticket = ticket = Ticket(
             run.session.tenant,
             (domain, run.operation.model),
-            lambda: self._start(run, domain),
+            lambda: self._start(run),
             lambda error: self._finish(run, error),
             run.operation.deadline_s,
             terms.share,
         )
-        self._scheduler.submit(run.ticket)
+        ticket.owner = run
+        ticket.plan = self._models.plan(domain, run.operation.model)
+        if ticket.plan.rows > 1:
+            ticket.form, ticket.rows = form_of(run.operation)
+        self._scheduler.submit(ticket)
 
-    def _start(self, run: Run, domain: str) -> None:
-        operation = run.operation
-        run.timings.begun_s = time.monotonic()
-        job = Job(
+    def _start(self, run: Run) -> None:
+        job = self._job(run)
+        try:
+            run.handle = self._workers.submit(job, lambda outcome: self._ended(run, outcome))
+        except RemoraError as error:
+            failure = error  # the except clause's own name is gone when the call is made
+            self._call_soon(lambda: self._ended(run, failure))
+
+    def _start_together(self, tickets: Sequence[Ticket]) -> None:
+        runs = [ticket.owner for ticket in tickets if isinstance(ticket.owner, Run)]
+        try:
+            handles = self._workers.submit_together([(self._job(run), partial(self._ended, run)) for run in runs])
+        except RemoraError as error:
+            for run in runs:
+                self._call_soon(partial(self._ended, run, error))
+            return
+        for run, handle in zip(runs, handles, strict=True):
+            run.handle = handle
+
+    @staticmethod
+    def _job(run: Run) -> Job:
+        """Return the job of a run that is handed to its worker now."""
+        operation, timings, ticket = run.operation, run.timings, run.ticket
+        timings.begun_s = time.monotonic()
+        if ticket is not None and ticket.held_s:
+            timings.batch_us = int((timings.begun_s - ticket.held_s) * 1e6)
+        return Job(
             operation=operation.name,
-            domain=domain,
+            domain=run.domain,
             tenant=run.session.tenant,
             model=operation.model,
             inputs=operation.inputs,
@@ -195,11 +227,6 @@ class Execution:
             numbers=operation.numbers,
             results=operation.results,
         )
-        try:
-            run.handle = self._workers.submit(job, lambda outcome: self._ended(run, outcome))
-        except RemoraError as error:
-            failure = error  # the except clause's own name is gone when the call is made
-            self._call_soon(lambda: self._ended(run, failure))
 
     def _ended(self, run: Run, outcome: Result | RemoraError) -> None:
         timings, run_us = run.timings, 0
@@ -207,6 +234,7 @@ class Execution:
         try:
             if isinstance(outcome, Result):
                 timings.run_us = run_us = outcome.run_us
+                timings.others_us = max(0, outcome.whole_us - run_us)
                 answer = Answer(outcome, timings.queue_us)
                 self._metrics.ran(
                     run.session.tenant,
@@ -223,7 +251,8 @@ class Execution:
             if run.ticket is not None:
                 measured = isinstance(outcome, Result)
                 # What failed or was given up has used its time, too: else that would be the way around a share.
-                used_us = run_us if measured else int((timings.ended_s - timings.begun_s) * 1e6)
+                part = run.ticket.rows / run.ticket.turn.rows if run.ticket.turn is not None else 1.0
+                used_us = run_us if measured else int((timings.ended_s - timings.begun_s) * 1e6 * part)
                 tenant = run.session.tenant
                 self._quotas.charge(tenant, self._quotas.terms(run.session.owner, tenant), used_us)
                 self._scheduler.finished(run.ticket, used_us, measured=measured)

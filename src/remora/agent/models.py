@@ -16,6 +16,8 @@ from remora.agent.operations import is_digest
 from remora.agent.rules import UNBOUNDED, Terms
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
+from remora.agent.tickets import Plan
+from remora.agent.tuning import Tuning
 from remora.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
 from remora.workers.contract import SHARED, ModelSource, ModelSpec, TensorSpec, Workers
 
@@ -129,6 +131,7 @@ class Models:
         self._disk = disk
         #: What policy grants to a session.
         self.terms: Callable[[Session], Terms] = lambda _session: UNBOUNDED
+        self.tuning = Tuning()
         self._loaded: dict[tuple[str, str], ModelSpec] = {}
         self._waiting: dict[tuple[str, str], list[SpecDone]] = {}
 
@@ -177,6 +180,10 @@ class Models:
         """Return what is in the memory of workers, by trust domain and model."""
         return self._loaded
 
+    def plan(self, domain: str, model: str) -> Plan:
+        """Return how a loaded model is run."""
+        return self.tuning.plan((domain, model))
+
     def loaded(self, domain: str, model: str) -> bool:
         return (domain, model) in self._loaded
 
@@ -211,7 +218,7 @@ class Models:
             if error is not None:
                 self._answer(key, error)
             else:
-                self._workers.load(key[0], source, lambda spec: self._answer(key, _as_declared(source, spec)))
+                self._workers.load(key[0], source, lambda spec: self._answer(key, _as_declared(source, spec), source))
 
         def verify() -> None:
             files.ResourceFiles.verify(source.path, source.digest)
@@ -233,16 +240,19 @@ class Models:
             except RemoraError as error:
                 self._answer(key, error)
                 return
-            self._workers.load(tenant, source, lambda spec: self._answer(key, spec))
+            self._workers.load(tenant, source, lambda spec: self._answer(key, spec, source))
 
         try:
             self._store.open(tenant, digest, opened)
         except RemoraError as error:
             self._answer(key, error)
 
-    def _answer(self, key: tuple[str, str], outcome: ModelSpec | RemoraError) -> None:
+    def _answer(
+        self, key: tuple[str, str], outcome: ModelSpec | RemoraError, source: ModelSource | None = None
+    ) -> None:
         waiting = self._waiting.pop(key, [])
-        if isinstance(outcome, ModelSpec):
+        if isinstance(outcome, ModelSpec) and source is not None:
+            self.tuning.loaded(key, source, outcome)
             self._loaded[key] = outcome
         for done in waiting:
             done(outcome)
@@ -295,11 +305,13 @@ class Models:
     def _forget_unused(self, tenant: str, model: str) -> None:
         if not self._sessions.uses_model(tenant, model) and self._loaded.pop((tenant, model), None) is not None:
             self._workers.unload(tenant, model)
+            self.tuning.forget((tenant, model))
 
     def forget_domain(self, domain: str) -> None:
         """The domain's workers are gone."""
         for key in [key for key in self._loaded if key[0] == domain]:
             del self._loaded[key]
+            self.tuning.forget(key)
 
     def card(self, tenant: str, model: str) -> ModelCard:
         domain = self.domain(tenant, model)

@@ -40,6 +40,9 @@ _NODE_RULE = "limits.queue_length_per_tenant"
 class Scheduler(Protocol):
     """The contract that the agent's core relies on."""
 
+    #: Starts several tickets as one run; without it each runs by itself.
+    together: Callable[[list[Ticket]], None] | None
+
     def submit(self, ticket: Ticket) -> None:
         """Queue a ticket, or start it at once.
 
@@ -148,6 +151,7 @@ class FairScheduler:
         """True if the ticket waits for company; then it is looked at again when it has waited long enough."""
         if self._call_later is None or not worker.wants_company(lane, ticket, waiting_rows, self._now_s()):
             return False
+        ticket.held_s = ticket.held_s or self._now_s()
 
         def look_again() -> None:
             worker.release(lane)

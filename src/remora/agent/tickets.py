@@ -67,6 +67,7 @@ class Ticket:
         "deadline_s",
         "drop",
         "form",
+        "held_s",
         "lane",
         "owner",
         "plan",
@@ -101,6 +102,8 @@ class Ticket:
         self.charged_us = 0.0
         self.state = Ticket.WAITING
         self.since_s = 0.0
+        #: When it began to wait for company; 0.0 if it did not.
+        self.held_s = 0.0
         self.turn: Turn | None = None
         self.plan = ALONE
         #: What requests must have in common to run as one; None: this one runs by itself.

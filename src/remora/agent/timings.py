@@ -12,7 +12,7 @@ STAGES = ("queue", "batch", "run", "copy")
 class Timings:
     """Times of one request on the monotonic clock, seconds; 0.0 for a moment that did not come."""
 
-    __slots__ = ("arrived_s", "batch_us", "begun_s", "ended_s", "run_us")
+    __slots__ = ("arrived_s", "batch_us", "begun_s", "ended_s", "others_us", "run_us")
 
     def __init__(self, arrived_s: float) -> None:
         self.arrived_s = arrived_s
@@ -22,8 +22,10 @@ class Timings:
         self.ended_s = 0.0
         #: It waited for others to share a batch with.
         self.batch_us = 0
-        #: It ran, as the worker measured it.
+        #: It ran, as the worker measured it; of a batch, its part.
         self.run_us = 0
+        #: The rest of its batch ran.
+        self.others_us = 0
 
     @property
     def queue_us(self) -> int:
@@ -33,7 +35,7 @@ class Timings:
     @property
     def copy_us(self) -> int:
         """It was on the way to the worker and back: inputs placed, messages passed, outputs found."""
-        return max(0, int((self.ended_s - self.begun_s) * 1e6) - self.run_us) if self.ended_s else 0
+        return max(0, int((self.ended_s - self.begun_s) * 1e6) - self.run_us - self.others_us) if self.ended_s else 0
 
     @property
     def total_us(self) -> int:

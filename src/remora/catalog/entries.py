@@ -77,7 +77,12 @@ def load_entry(path: Path) -> CatalogEntry:
         path=file,
         format=manifest.format,
         task=manifest.task,
-        manifest={"preprocess": manifest.preprocess, "scores": manifest.scores, "labels": labels},
+        manifest={
+            "preprocess": manifest.preprocess,
+            "scores": manifest.scores,
+            "labels": labels,
+            "batching": manifest.batching,
+        },
         inputs=manifest.inputs,
         outputs=manifest.outputs,
     )

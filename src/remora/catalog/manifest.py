@@ -23,7 +23,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 TASKS = ("classification", "tensor")
 FORMATS = ("onnx",)
 _TEXT_KEYS = ("name", "task", "description", "licence", "format", "file", "sha256", "labels", "source")
-_TABLES = ("preprocess", "scores", "recipe")
+_TABLES = ("preprocess", "scores", "batching", "recipe")
 _TENSORS = ("inputs", "outputs")
 
 
@@ -40,6 +40,8 @@ class Manifest:
     labels: str = ""  # file with one label a line, beside the manifest
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
+    #: How it is run, where the operator knows better than a measurement.
+    batching: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     #: Declared, so that guests can ask before the model is loaded; compared with the model when it is.
     inputs: tuple[TensorSpec, ...] = ()
@@ -103,6 +105,29 @@ def _tensors(given: object, key: str, where: str) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
+#: Key of `[batching]` -> most; each is a number from 0 (rows: 1) on.
+_BATCHING: dict[str, int] = {"rows": 1024, "wait_ms": 1000, "concurrent": 64}
+
+
+def check_batching(table: Mapping[str, Any], where: str) -> None:
+    """Check `[batching]`.
+
+    Raises:
+        InvalidArgumentError: an unknown key, or a number that cannot be.
+    """
+    for key, value in table.items():
+        if key not in _BATCHING:
+            raise InvalidArgumentError(
+                f"{where}: [batching] has no key {key!r}", fix=f"the keys are {', '.join(_BATCHING)}"
+            )
+        least = 1 if key == "rows" else 0
+        number = type(value) is int or (type(value) is float and key == "wait_ms")
+        if not number or not least <= value <= _BATCHING[key]:
+            raise InvalidArgumentError(
+                f"{where}: [batching] {key} is {value!r}", fix=f"allowed are {least} to {_BATCHING[key]}"
+            )
+
+
 def _check(manifest: Manifest, where: str) -> None:
     if not _NAME.fullmatch(manifest.name):
         raise InvalidArgumentError(
@@ -117,6 +142,7 @@ def _check(manifest: Manifest, where: str) -> None:
             raise InvalidArgumentError(f"{where}: {key} is {given!r}", fix="name a file beside the manifest")
     if manifest.sha256 and not _SHA256.fullmatch(manifest.sha256):
         raise InvalidArgumentError(f"{where}: sha256 must be 64 hex digits")
+    check_batching(manifest.batching, where)
     if manifest.task == "classification" and not (manifest.preprocess and manifest.labels):
         raise InvalidArgumentError(
             f"{where}: a classification model needs [preprocess] and labels",

@@ -107,6 +107,8 @@ class Result:
     labels: tuple[LabelScore, ...] = ()
     run_us: int = 0
     release: Callable[[], None] = lambda: None
+    #: Of a job that shared its run with others: the whole run; `run_us` is its part.
+    whole_us: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,14 @@ class Workers(Protocol):
     def unload(self, domain: str, key: str) -> None: ...
 
     def submit(self, job: Job, done: Callable[[Result | RemoraError], None]) -> JobHandle: ...
+
+    def submit_together(
+        self, jobs: Sequence[tuple[Job, Callable[[Result | RemoraError], None]]]
+    ) -> Sequence[JobHandle]:
+        """Run jobs of one domain, model and form as one where that is possible.
+
+        Each has its own answer and its own end: one that fails, is cancelled or comes too late takes no other with it.
+        """
 
     def slots(self, domain: str) -> int:
         """How many runs the domain's worker wants in flight at once: more only waits inside it."""

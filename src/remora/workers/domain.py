@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -29,7 +29,7 @@ from remora.workers.arena import Arena
 from remora.workers.contract import LIBRARY, ModelSource, ModelSpec, Result
 from remora.workers.jobs import MODELLESS, PendingJob, aligned
 from remora.workers.process import WorkerProcess
-from remora.workers.protocol import Message, error_of, specs_of, text, whole
+from remora.workers.protocol import Message, error_of, pack, specs_of, text, whole
 from remora.workers.settings import WorkerSettings
 
 _MOST_US = 1 << 40
@@ -177,18 +177,42 @@ class Domain:
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     def submit(self, pending: PendingJob) -> None:
+        if not self._accept(pending):
+            return
+        if self.waiting or not self._start(pending):
+            self.waiting.append(pending)
+            self._advance()
+
+    def submit_together(self, jobs: Sequence[PendingJob]) -> None:
+        """Send jobs as one; those that cannot start yet wait, and then run by themselves."""
+        datagrams = []
+        for pending in jobs:
+            if not self._accept(pending):
+                continue
+            data = None if self.waiting else self._datagram(pending)
+            if data is None:
+                self.waiting.append(pending)
+            elif data:
+                self.jobs[pending.id] = pending
+                datagrams.append(data)
+        for data in pack(datagrams):
+            if self.process is not None:
+                self.process.send_job(data)
+        if self.waiting:
+            self._advance()
+
+    def _accept(self, pending: PendingJob) -> bool:
+        """Begin to watch a job's deadline; False if it was answered at once."""
         model = self._models.get(pending.job.model)
         if model is None and pending.job.operation not in MODELLESS:
             problem = NotFoundError(f"model {pending.job.model} is not loaded", fix="load it first")
             pending.finish(problem, self._reactor.call_soon)
-            return
+            return False
         if pending.job.deadline_s is not None:
             delay_s = pending.job.deadline_s - time.monotonic()
             late = DeadlineExceededError("the deadline passed before the job was done")
             pending.timer = self._reactor.call_later(max(0.0, delay_s), lambda: self.give_up(pending, late))
-        if self.waiting or not self._start(pending):
-            self.waiting.append(pending)
-            self._advance()
+        return True
 
     def give_up(self, pending: PendingJob, error: RemoraError) -> None:
         """Cancel a job: at once while it waits, else when its worker lets go of it or is killed."""
@@ -211,25 +235,30 @@ class Domain:
 
     def _start(self, pending: PendingJob) -> bool:
         """Hand a job to the worker; False if something that it needs is not there yet."""
+        data = self._datagram(pending)
+        if data and self.process is not None:
+            self.jobs[pending.id] = pending
+            self.process.send_job(data)
+        return data is not None
+
+    def _datagram(self, pending: PendingJob) -> bytes | None:
+        """Return the message for the worker; None if something is not there yet, empty if the job has failed."""
         process = self.process
         if process is None or not process.ready or process.dead or process.leaving:
-            return False
+            return None
         spec, number = None, 0
         if pending.arena is not None and not self._mapped(pending.arena):
-            return False
+            return None
         if pending.job.operation not in MODELLESS:
             model = self._models.get(pending.job.model)
             if model is None or model.state != "loaded":
-                return False
+                return None
             spec, number = model.spec, model.number
         try:
-            data = pending.datagram(spec, number, self._sizes.get(pending.form, 0))
+            return pending.datagram(spec, number, self._sizes.get(pending.form, 0))
         except RemoraError as error:
             pending.finish(error, self._reactor.call_soon)
-            return True
-        self.jobs[pending.id] = pending
-        process.send_job(data)
-        return True
+            return b""
 
     def _mapped(self, arena: Arena) -> bool:
         mapped = self._arenas.get(arena.id)
@@ -258,6 +287,8 @@ class Domain:
             model = self._models.get(pending.job.model)
             outcome = pending.result(message, model.source if model is not None else None, run_us)
         del self.jobs[pending.id]
+        if isinstance(outcome, Result) and "all" in message:
+            outcome.whole_us = whole(message["all"], "time", _MOST_US)
         if isinstance(outcome, Result) and outcome.outputs and not pending.sized:
             self._remember_size(pending, outcome)
         if pending.error is not None:

@@ -18,7 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,8 +43,9 @@ from remora.errors import (
 )
 from remora.workers import seccomp
 from remora.workers.contract import LIBRARY
+from remora.workers.joining import JoinedRun, Member
 from remora.workers.layout import Layout
-from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts, library_path
+from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts, library_path, pack, unpack
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -177,45 +180,90 @@ class Worker:
             data = receive(MAX_MESSAGE_BYTES)
             if not data:
                 os._exit(0)
-            job = decode(data)
-            send(encode(self._run(job)))
+            jobs = [decode(part) for part in unpack(data)]
+            stops = [self._enter(job["id"]) for job in jobs]
+            try:
+                if len(jobs) == 1:
+                    send(encode(self._run(jobs[0], stops[0])))
+                else:
+                    for answers in pack([encode(answer) for answer in self._run_together(jobs, stops)]):
+                        send(answers)
+            finally:
+                with self._lock:
+                    for job in jobs:
+                        del self._running[job["id"]]
 
-    def _run(self, job: Message) -> Message:
-        job_id = job["id"]
+    def _enter(self, job_id: int) -> Stop:
+        """Make a job known to `_cancel`."""
         stop = Stop()
         with self._lock:
             self._running[job_id] = stop
             if job_id in self._stopped_early:
                 del self._stopped_early[job_id]
                 stop.request()
+        return stop
+
+    def _run(self, job: Message, stop: Stop) -> Message:
         started = time.perf_counter_ns()
-        try:
-            if stop.requested:
-                raise CancelledError("the job was stopped before it ran")
-            answer = self._compute(job, stop)
-        except RemoraError as error:
-            answer = {"t": "failed", "id": job_id, "error": error_parts(error)}
-        except MemoryError:
-            full = ResourceExhaustedError("the job needs more memory than its worker may use")
-            answer = {"t": "failed", "id": job_id, "error": error_parts(full)}
-        except Exception as error:  # noqa: BLE001 - one job's fault must not end the others; reported to the agent
-            answer = {"t": "failed", "id": job_id, "error": error_parts(_unexpected(error))}
-        finally:
-            with self._lock:
-                del self._running[job_id]
+        answer = self._guarded(job["id"], lambda: self._compute(job, stop))
         answer["us"] = (time.perf_counter_ns() - started) // 1000
         return answer
 
+    def _run_together(self, jobs: Sequence[Message], stops: Sequence[Stop]) -> list[Message]:
+        """Answer jobs that came as one: in one run if that works, else each by itself."""
+        started = time.perf_counter_ns()
+        answers: list[Message] = []
+        alone = list(zip(jobs, stops, strict=True))
+        with suppress(RemoraError, KeyError, ValueError):  # whose fault it is shows when each runs by itself
+            members = [Member(job, self._feeds(job), stop) for job, stop in alone]
+            model = self._model(jobs[0])
+            wanted, _layout = self._plan(jobs[0], model, members[0].feeds)
+            run = JoinedRun(members, self._let_go)
+            for one, arrays in run.run(model, wanted):
+                answers.append(self._guarded(one.job["id"], partial(self._part, one.job, wanted, arrays)))
+                answers[-1]["rows"] = one.rows
+            alone = [(one.job, one.stop) for one in run.remaining()]
+        joined_us = (time.perf_counter_ns() - started) // 1000
+        for answer in answers:
+            answer.update({"us": joined_us * answer.pop("rows") // run.rows, "all": joined_us})
+        for job, stop in alone:
+            answer = self._run(job, stop)
+            answer["us"] += joined_us // len(jobs)
+            answers.append(answer)
+        return answers
+
+    def _let_go(self, one: Member) -> None:
+        """Answer a member that was given up, without waiting for the others."""
+        error = CancelledError("the job was stopped while it ran with others")
+        self._jobs.send(encode({"t": "failed", "id": one.job["id"], "error": error_parts(error), "us": 0}))
+
+    def _part(self, job: Message, wanted: Sequence[str], arrays: Sequence[Array]) -> Message:
+        places = self._store(job, self._arenas[job["a"]], Layout.of(wanted, arrays), arrays)
+        return {"t": "done", "id": job["id"], "out": places}
+
+    def _guarded(self, job_id: int, compute: Callable[[], Message]) -> Message:
+        """Return what `compute` returns, or its failure as an answer."""
+        try:
+            return compute()
+        except RemoraError as error:
+            failure = error
+        except MemoryError:
+            failure = ResourceExhaustedError("the job needs more memory than its worker may use")
+        except Exception as error:  # noqa: BLE001 - one job's fault must not end the others; reported to the agent
+            failure = _unexpected(error)
+        return {"t": "failed", "id": job_id, "error": error_parts(failure)}
+
     def _compute(self, job: Message, stop: Stop) -> Message:
+        if stop.requested:
+            raise CancelledError("the job was stopped before it ran")
         if job["t"] == "noop":
             return {"t": "done", "id": job["id"]}
         if job["t"] == "compute":
             return {"t": "done", "id": job["id"], "out": self._calculate(job, stop)}
         if job["t"] == "exec":
             return {"t": "done", "id": job["id"], "out": self._exec(job)}
-        model, classifier = self._models.get(job["m"], (None, None))
-        if model is None:
-            raise InternalError("the model is not loaded in this worker")
+        model = self._model(job)
+        classifier = self._models[job["m"]][1]
         memory = self._arenas[job["a"]]
         if job["t"] == "classify":
             if classifier is None:
@@ -230,6 +278,16 @@ class Worker:
             }
         return {"t": "done", "id": job["id"], "out": self._infer(job, model, memory, stop)}
 
+    def _model(self, job: Message) -> LoadedModel:
+        model = self._models.get(job["m"], (None, None))[0]
+        if model is None:
+            raise InternalError("the model is not loaded in this worker")
+        return model
+
+    def _feeds(self, job: Message) -> dict[str, Array]:
+        memory = self._arenas[job["a"]]
+        return {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
+
     def _calculate(self, job: Message, stop: Stop) -> list[list[object]]:
         memory = self._arenas[job["a"]]
         layout = Layout([Spec(name, dtype, tuple(shape)) for name, dtype, shape in job["out"]])
@@ -237,8 +295,7 @@ class Worker:
             _array(memory, spec.dtype, spec.shape, job["off"] + offset)
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         ]
-        arrays = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
-        linalg.compute(job["f"], arrays, job["n"], into, stop)
+        linalg.compute(job["f"], self._feeds(job), job["n"], into, stop)
         return layout.places(job["off"])
 
     def _exec(self, job: Message) -> list[list[object]]:
@@ -260,7 +317,7 @@ class Worker:
         return places
 
     def _infer(self, job: Message, model: LoadedModel, memory: mmap.mmap, stop: Stop) -> list[list[object]]:
-        feeds = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
+        feeds = self._feeds(job)
         wanted, layout = self._plan(job, model, feeds)
         if layout is not None and layout.total >= _BIND_BYTES:
             start = self._place(job, layout.total)
@@ -273,12 +330,18 @@ class Worker:
         computed = model.run(feeds, wanted, stop)
         if layout is None or not layout.fits(computed):
             layout = Layout.of(wanted, computed)
+        return self._store(job, memory, layout, computed)
+
+    def _store(self, job: Message, memory: mmap.mmap, layout: Layout, computed: Sequence[Array]) -> list[list[object]]:
+        """Copy outputs into the job's block; returns where they lie."""
         start = self._place(job, layout.total)
-        for offset, size, array in zip(layout.offsets, layout.sizes, computed, strict=True):
-            memory[start + offset : start + offset + size] = array.tobytes()
+        for spec, offset, array in zip(layout.specs, layout.offsets, computed, strict=True):
+            _array(memory, spec.dtype, spec.shape, start + offset)[...] = array
         return layout.places(start)
 
-    def _plan(self, job: Message, model: LoadedModel, feeds: dict[str, Array]) -> tuple[tuple[str, ...], Layout | None]:
+    def _plan(
+        self, job: Message, model: LoadedModel, feeds: Mapping[str, Array]
+    ) -> tuple[tuple[str, ...], Layout | None]:
         """Check the inputs, and work out the outputs; both are remembered for the next job of the same form."""
         inputs = tuple((name, dtype, tuple(shape)) for name, dtype, shape, _offset, _size in job["in"])
         key = (job["m"], tuple(job["out"]), inputs)

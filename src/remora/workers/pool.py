@@ -104,6 +104,12 @@ class WorkerPool:
         domain.submit(pending)
         return _Handle(domain, pending)
 
+    def submit_together(self, jobs: Sequence[tuple[Job, Done]]) -> list[_Handle]:
+        domain = self._domain(jobs[0][0].domain)
+        pending = [PendingJob(next(self._job_ids), job, self._arena(job.tenant), done) for job, done in jobs]
+        domain.submit_together(pending)
+        return [_Handle(domain, one) for one in pending]
+
     def slots(self, domain: str) -> int:
         # One more than run at once waits in the worker, so that no thread idles while the agent answers the last one.
         known = self._domains.get(domain)

@@ -22,7 +22,7 @@ from remora.reactor import READ, WRITE, Reactor, Timer
 from remora.workers import launcher
 from remora.workers.cells import Cell
 from remora.workers.cgroups import Bounds
-from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode
+from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, unpack
 from remora.workers.settings import WorkerSettings
 
 _LAST_WORDS_BYTES = 2048
@@ -173,7 +173,9 @@ class WorkerProcess:
                 self._leave()
                 return
             try:
-                self._take(decode(data))
+                for part in unpack(data):
+                    if not self.dead:
+                        self._take(decode(part))
             except ProtocolError as error:
                 self.kill(error.message)
                 return

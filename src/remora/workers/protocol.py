@@ -14,6 +14,10 @@ jobs, agent -> worker          noop{id}  infer{id, m, a, in, out, off, len}  cla
                                exec{id, m, f, a, in, out, off}            symbol; the last of `in` are `out` before
 jobs, worker -> agent          done{id, us, out | labels}  failed{id, us, error}  need{id, len}
 
+A batch is one datagram: `PACK`, and each job's datagram with its length before it; the worker packs the answers the
+same way, except those of members that are given up, which come as soon as they are. `us` is a member's part of the run,
+`all` the whole run.
+
 `m` numbers a load, so that an answer to an earlier one is not taken for this one's. A tensor is [name, dtype, shape,
 offset, length]; a spec [name, dtype, shape]; an error [code, message, fix]. The worker of a tenant may be hostile:
 whatever it sends is checked here, and what does not fit is a `ProtocolError`, which costs it its life.
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +36,9 @@ from remora.wire.remora_v1 import DTYPES
 from remora.workers.contract import TensorSpec
 
 MAX_MESSAGE_BYTES = 64 * 1024
+#: First byte of a pack; no single datagram begins with it.
+PACK = 0xB5
+_LENGTH = struct.Struct("<I")
 MAX_DIMENSIONS = 16
 _MAX_TEXT = 1000
 _MAX_SPECS = 256
@@ -82,6 +90,44 @@ def decode(data: bytes) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("t"), str):
         raise ProtocolError("the worker sent a message without a type")
     return message
+
+
+def pack(datagrams: Sequence[bytes]) -> list[bytes]:
+    """Return packs, as few as hold the datagrams; one datagram stays as it is."""
+    packs: list[list[bytes]] = [[]]
+    room = MAX_MESSAGE_BYTES - 1
+    for data in datagrams:
+        needed = _LENGTH.size + len(data)
+        if packs[-1] and needed > room:
+            packs.append([])
+            room = MAX_MESSAGE_BYTES - 1
+        packs[-1].append(data)
+        room -= needed
+    return [
+        part[0] if len(part) == 1 else bytes((PACK,)) + b"".join(_LENGTH.pack(len(data)) + data for data in part)
+        for part in packs
+        if part
+    ]
+
+
+def unpack(data: bytes) -> Sequence[bytes]:
+    """Return the datagrams of a pack; what is none is returned as it is.
+
+    Raises:
+        ProtocolError: its lengths are wrong.
+    """
+    if data[0] != PACK:
+        return (data,)
+    parts, start = [], 1
+    while start < len(data):
+        begin = start + _LENGTH.size
+        if begin > len(data):
+            raise ProtocolError("the worker sent a pack that is cut off")
+        start = begin + _LENGTH.unpack_from(data, start)[0]
+        if start > len(data) or start == begin:
+            raise ProtocolError("the worker sent a pack with a wrong length")
+        parts.append(data[begin:start])
+    return parts
 
 
 def whole(value: object, what: str, most: int) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pool_rig import OPSET, Rig, infer, slow_model
 from remora.catalog.architectures import identity
 from remora.errors import (
     AbortedError,
@@ -28,62 +28,7 @@ from remora.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from remora.reactor import Reactor
-from remora.workers.contract import SHARED, Job, ModelSource, ModelSpec, Result, TensorView, WorkerInfo
-from remora.workers.pool import WorkerPool
-from remora.workers.settings import WorkerSettings
-
-OPSET = [helper.make_opsetid("", 17)]
-PATIENCE_S = 20.0
-
-
-class Rig:
-    """A reactor with a pool, and the waiting that a test needs."""
-
-    def __init__(self, directory: Path, **settings: Any) -> None:
-        self.errors: list[BaseException] = []
-        self.reactor = Reactor(self.errors.append)
-        self.pool = WorkerPool(self.reactor, WorkerSettings(device="cpu", threads=2, **settings))
-        self.directory = directory
-
-    def until(self, condition: Callable[[], object]) -> None:
-        end_s = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert time.monotonic() < end_s, "it did not happen in time"
-            self.reactor.run_once(0.1)
-        assert self.errors == []
-
-    def source(self, name: str, data: bytes, **more: Any) -> ModelSource:
-        path = self.directory / f"{name}.onnx"
-        path.write_bytes(data)
-        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-        return ModelSource(**{"key": name, "digest": digest, "path": path, "format": "onnx", **more})
-
-    def load(self, domain: str, source: ModelSource) -> ModelSpec | RemoraError:
-        box: list[ModelSpec | RemoraError] = []
-        self.pool.load(domain, source, box.append)
-        assert box == [], "done is never called from within the call"
-        self.until(lambda: box)
-        return box[0]
-
-    def submit(self, job: Job) -> list[Result | RemoraError]:
-        box: list[Result | RemoraError] = []
-        self.pool.submit(job, box.append)
-        assert box == [], "done is never called from within the call"
-        return box
-
-    def run(self, job: Job) -> Result | RemoraError:
-        box = self.submit(job)
-        self.until(lambda: box)
-        return box[0]
-
-    def worker(self, domain: str = SHARED) -> WorkerInfo:
-        (found,) = [info for info in self.pool.workers() if info.domain == domain]
-        return found
-
-    def close(self) -> None:
-        self.pool.close()
-        self.reactor.close()
+from remora.workers.contract import SHARED, Job, ModelSpec, Result, TensorView
 
 
 @pytest.fixture(scope="module")
@@ -99,44 +44,6 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     made = Rig(tmp_path, standby=0, backoff_first_s=0.05, stop_grace_s=0.3)
     yield made
     made.close()
-
-
-def tensor(array: np.ndarray[Any, Any], name: str = "input") -> TensorView:
-    return TensorView(name, array.dtype.name, array.shape, memoryview(array.tobytes()))
-
-
-def infer(array: np.ndarray[Any, Any], model: str = "identity", **more: Any) -> Job:
-    values: dict[str, Any] = {"operation": "infer", "domain": SHARED, "tenant": "t", "model": model}
-    return Job(**{**values, "inputs": (tensor(array),), **more})
-
-
-def slow_model(seconds: float) -> bytes:
-    """Return a model that loops for about so long (2 million rounds a second at most), then passes its input on."""
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Mul", ["v", "one"], ["v_out"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v", TensorProto.FLOAT, [1]),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v_out", TensorProto.FLOAT, [1]),
-        ],
-    )
-    graph = helper.make_graph(
-        [helper.make_node("Loop", ["most", "yes", "input"], ["output"], body=body)],
-        "slow",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [1])],
-        [
-            numpy_helper.from_array(np.asarray(int(seconds * 300_000)), "most"),
-            numpy_helper.from_array(np.asarray(True), "yes"),
-            numpy_helper.from_array(np.ones(1, np.float32), "one"),
-        ],
-    )
-    return bytes(helper.make_model(graph, opset_imports=OPSET, ir_version=8).SerializeToString())
 
 
 def stubborn_model() -> bytes:

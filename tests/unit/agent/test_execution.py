@@ -17,7 +17,14 @@ from remora.agent.identity import Identity
 from remora.agent.logs import Log
 from remora.agent.policy import Limits, Policy
 from remora.agent.sessions import Session
-from remora.errors import AbortedError, CancelledError, NotFoundError, RemoraError, ResourceExhaustedError
+from remora.errors import (
+    AbortedError,
+    CancelledError,
+    InvalidArgumentError,
+    NotFoundError,
+    RemoraError,
+    ResourceExhaustedError,
+)
 from remora.reactor import Reactor
 from remora.workers.contract import ModelSource, Result
 
@@ -29,7 +36,8 @@ class Info:
 class Entry:
     def __init__(self, name: str, path: Path) -> None:
         digest = "sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of "foo"
-        self.source = ModelSource(name, digest, path, "onnx")
+        manifest = {"batching": {"rows": 8}} if name == "batched" else {}
+        self.source = ModelSource(name, digest, path, "onnx", manifest=manifest)
         self.info = Info()
 
 
@@ -43,7 +51,7 @@ class Bench:
         self.log = Log()
         state = tmp_path / "state"
         state.mkdir()
-        catalogue = {name: Entry(name, model) for name in ("m", "broken")}
+        catalogue = {name: Entry(name, model) for name in ("m", "broken", "batched")}
         policy = Policy(limits=Limits(queue_length_per_tenant=2))
         self.core = Core(self.reactor, state, policy, self.workers, catalogue, self.log)
         self.session = self.open("uid:1")
@@ -107,7 +115,7 @@ def test_a_model_that_does_not_load_fails_its_requests_and_is_tried_again(bench:
 
 
 def test_an_unknown_model_is_refused_with_the_catalogue(bench: Bench) -> None:
-    with pytest.raises(NotFoundError, match="broken, m"):
+    with pytest.raises(NotFoundError, match="batched, broken, m"):
         bench.infer(model="nothing")
     assert bench.released == []
 
@@ -202,3 +210,33 @@ def test_an_idle_tenant_gives_its_workers_back(bench: Bench) -> None:
     bench.core.sessions.end(bench.session)
     bench.core.release_tenant("uid:1")
     assert bench.workers.released == ["uid:1"]
+
+
+def test_requests_that_wait_for_one_model_run_as_one_and_are_answered_each(bench: Bench) -> None:
+    _run, first = bench.infer(model="batched")
+    bench.until_job()
+    boxes = [bench.infer(model="batched")[1] for _ in range(2)]
+    assert len(bench.workers.jobs) == 1
+    bench.workers.finish()
+    assert bench.workers.batches == [2]
+    bench.workers.finish(Result(run_us=500, whole_us=1000))
+    bench.workers.finish(InvalidArgumentError("the model refused to run"))
+    assert isinstance(first.values[0], Answer)
+    assert isinstance(boxes[0].values[0], Answer)
+    assert isinstance(boxes[1].values[0], InvalidArgumentError)
+    assert bench.released == [1, 1, 1]
+    assert bench.core.execution.idle
+
+
+def test_one_of_a_batch_that_is_given_up_is_cancelled_alone(bench: Bench) -> None:
+    bench.infer(model="batched")
+    bench.until_job()
+    run, given_up = bench.infer(model="batched")
+    _run, other = bench.infer(model="batched")
+    bench.workers.finish()
+    bench.core.execution.cancel(run)
+    assert [job.cancelled for job in bench.workers.jobs] == [True, False]
+    bench.workers.finish()
+    bench.workers.finish()
+    assert isinstance(given_up.values[0], CancelledError)
+    assert isinstance(other.values[0], Answer)

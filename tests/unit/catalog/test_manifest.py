@@ -41,6 +41,11 @@ def put(directory: Path, text: str, *, labels: str | None = None, manifest: str 
         (TENSOR + 'sha256 = "abc"', "64 hex digits"),
         (TENSOR + 'colour = "red"', "unknown keys: colour"),
         (TENSOR + "preprocess = 1", "preprocess must be a table"),
+        (TENSOR + "[batching]\nsize = 8", "no key .size.*rows, wait_ms, concurrent"),
+        (TENSOR + "[batching]\nrows = 0", "rows is 0 .allowed are 1 to 1024"),
+        (TENSOR + "[batching]\nrows = 8.5", "rows is 8.5"),
+        (TENSOR + "[batching]\nwait_ms = -1", "wait_ms is -1"),
+        (TENSOR + "[batching]\nconcurrent = true", "concurrent is True"),
         ('name = "a"\ntask = "classification"', "needs \\[preprocess\\] and labels"),
     ],
 )

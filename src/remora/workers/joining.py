@@ -1,0 +1,98 @@
+"""Several jobs of one form as one run of their model: inputs one after the other along the first axis, outputs apart.
+
+The inputs are copied together into memory of this process alone, as tensors of several tenants must be; from then on
+nobody's arena is read, and a member that is given up is answered at once while the others go on. Only the last one left
+stops the run. A run that fails says nothing of whose fault it was: each member then runs by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from remora.backends.contract import Array, LoadedModel, Stop
+from remora.errors import RemoraError
+from remora.workers.protocol import Message
+
+
+class Member:
+    """One job of a joined run."""
+
+    __slots__ = ("feeds", "gone", "job", "rows", "stop")
+
+    def __init__(self, job: Message, feeds: Mapping[str, Array], stop: Stop) -> None:
+        self.job = job
+        self.feeds = feeds
+        self.stop = stop
+        sizes = {array.shape[0] if array.ndim else 0 for array in feeds.values()}
+        #: Size of the first axis; 0 if its inputs have none in common.
+        self.rows = sizes.pop() if len(sizes) == 1 else 0
+        #: Its answer is made, or it was answered because it was given up.
+        self.gone = False
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What jobs must have in common."""
+        inputs = tuple((name, array.dtype.str, array.shape[1:]) for name, array in self.feeds.items())
+        return self.job["t"], self.job["m"], tuple(self.job["out"]), inputs
+
+
+class JoinedRun:
+    """Runs members together; `let_go` is told of each that leaves early, from whichever thread stops it."""
+
+    def __init__(self, members: Sequence[Member], let_go: Callable[[Member], None]) -> None:
+        self.rows = sum(one.rows for one in members)
+        self._members = members
+        self._let_go = let_go
+        self._lock = threading.Lock()
+        self._stop = Stop()
+        self._running = False
+
+    def run(self, model: LoadedModel, wanted: Sequence[str]) -> list[tuple[Member, list[Array]]]:
+        """Return the outputs of each member that is still there, as parts of the run's; nothing if it did not work."""
+        first = self._members[0]
+        if any(one.form != first.form or not one.rows for one in self._members):
+            return []
+        try:
+            feeds = {name: np.concatenate([one.feeds[name] for one in self._members]) for name in first.feeds}
+            self._running = True
+            for one in self._members:
+                one.stop.attach(partial(self._left, one))
+            computed = model.run(feeds, wanted, self._stop)
+        except (RemoraError, MemoryError):
+            return []
+        if any(not array.ndim or array.shape[0] != self.rows for array in computed):
+            return []
+        parts, start = [], 0
+        for one in self._members:
+            end = start + one.rows
+            if self._claim(one):
+                parts.append((one, [array[start:end] for array in computed]))
+            start = end
+        return parts
+
+    def remaining(self) -> list[Member]:
+        """Return who has no answer yet, and from now on is stopped only by its own run."""
+        with self._lock:
+            self._running = False
+            return [one for one in self._members if not one.gone]
+
+    def _claim(self, one: Member) -> bool:
+        """Take a member out of the reach of `_left`; False if it has gone."""
+        with self._lock:
+            gone, one.gone = one.gone, True
+            return not gone
+
+    def _left(self, one: Member) -> None:
+        with self._lock:
+            if one.gone or not self._running:
+                return
+            last = sum(not other.gone for other in self._members) == 1
+            one.gone = not last
+        if last:
+            self._stop.request()  # it is answered when the model lets go, or its worker is killed
+        else:
+            self._let_go(one)
