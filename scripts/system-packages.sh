@@ -19,7 +19,8 @@ cc                   gcc libc6-dev
 "
 
 missing=()
-while read -r command package; do # shellcheck disable=SC2206
+# shellcheck disable=SC2206
+while read -r command package; do
   [ -z "$command" ] && continue
   command -v "$command" >/dev/null 2>&1 || missing+=($package) # one or several
 done <<<"$NEEDED"

@@ -1,18 +1,29 @@
-"""Ask an agent to run a library. Remora's agent refuses, and this shows how a program sees that."""
+"""Have an agent run a function of your own library, if its policy allows that (`exec = true`).
 
-from remora.vaccel import FFIError, Resource, ResourceType, Session
+cc -shared -fPIC -o libmytestlib.so examples/vaccel/mytestlib.c
+python examples/vaccel/library.py libmytestlib.so
+"""
+
+import sys
+
+from remora.vaccel import Arg, ArgType, FFIError, Resource, ResourceType, Session
 
 
 def main() -> None:
     session = Session()
     try:
+        # vAccel's own agent loads paths of its host; Remora's never does.
         session.exec("/usr/lib/libmytestlib.so", "mytestfunc", [10], [bytearray(4)])
     except FFIError as error:
         print("exec", error.code, error.message)
-    library = Resource.from_buffer(b"\x7fELF...", ResourceType.LIB)
+    library = (
+        Resource(sys.argv[1], ResourceType.LIB)
+        if len(sys.argv) > 1
+        else Resource.from_buffer(b"\x7fELF...", ResourceType.LIB)
+    )
     library.register(session)
     try:
-        session.exec_with_resource(library, "mytestfunc", [10], [bytearray(4)])
+        print("exec_with_resource", session.exec_with_resource(library, "mytestfunc", [10], [Arg(0, ArgType.INT32)]))
     except FFIError as error:
         print("exec_with_resource", error.code)
 

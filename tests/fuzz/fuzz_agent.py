@@ -40,6 +40,7 @@ class FakeInstantWorkers:
         self._reactor = reactor
         self.lent = 0
         self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None
+        self.confinement: dict[str, str] = {}
 
     def allocate(self, _tenant: str, size_bytes: int) -> FakeBlock:
         self.lent += 1
@@ -60,7 +61,7 @@ class FakeInstantWorkers:
         zeroes = [
             TensorView(spec.name, spec.dtype, spec.shape, memoryview(bytes(_size_bytes(spec)))) for spec in job.results
         ]
-        if job.operation == "compute":
+        if job.operation in ("compute", "exec"):
             result = Result(outputs=tuple(zeroes), run_us=1)
         elif job.operation == "classify":
             result = Result(labels=(LabelScore(0, "label", 0.5),), run_us=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from remora.errors import CancelledError, RemoraError, ResourceExhaustedError
@@ -50,6 +50,7 @@ class FakeWorkers:
     batches: list[int] = field(default_factory=list)
     allocated_bytes: int = 0
     closed: bool = False
+    confinement: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None

@@ -42,11 +42,11 @@ class GoogleClient:
     def message(self, name: str, /, **values: Any) -> Any:
         return self.schema.of(f"vaccel.{name}")(**values)
 
-    def call(self, method: str, *, raw: bytes | None = None, **values: Any) -> Any:
+    def call(self, method: str, *, raw: bytes | None = None, timeout_s: float = 0, **values: Any) -> Any:
         """Make a unary call with the method's own messages; `raw` sends these bytes as the payload instead."""
         request_name, answer_name = METHODS.get(method, ("empty.Empty", "empty.Empty"))
         payload = self.message(request_name, **values).SerializeToString() if raw is None else raw
-        self._send(self._request(method, payload), _REQUEST, 0)
+        self._send(self._request(method, payload, timeout_s), _REQUEST, 0)
         return self._answer(answer_name)
 
     def stream(self, messages: list[Any]) -> Any:
@@ -63,8 +63,10 @@ class GoogleClient:
     def close(self) -> None:
         self._sock.close()
 
-    def _request(self, method: str, payload: bytes) -> bytes:
-        envelope = self.schema.of("ttrpc.Request")(service=self._service, method=method, payload=payload)
+    def _request(self, method: str, payload: bytes, timeout_s: float = 0) -> bytes:
+        envelope = self.schema.of("ttrpc.Request")(
+            service=self._service, method=method, payload=payload, timeout_nano=int(timeout_s * 1e9)
+        )
         data: bytes = envelope.SerializeToString()
         return data
 

@@ -16,6 +16,7 @@ from remora.agent.exposition import Exposition
 from remora.agent.files import ResourceFiles
 from remora.agent.identity import Identity
 from remora.agent.journal import Journal
+from remora.agent.libraries import Libraries
 from remora.agent.logs import Log
 from remora.agent.metrics import Metrics
 from remora.agent.models import CatalogueEntry, Models
@@ -61,12 +62,13 @@ class Core:
         self.files = ResourceFiles(state)
         self.store = Store(self.files, self.journal, self.disk, policy.store, policy.limits)
         self.sessions = Sessions(self.journal, self.store, policy.limits, time.monotonic, self._session_ended)
+        self.quotas = Quotas(policy.rules, time.monotonic)
+        self.libraries = Libraries(workers, self.store, self.quotas, policy.workers.libraries, time.monotonic)
         self.models = Models(catalogue, workers, self.store, self.sessions, self.disk)
         self.scheduler = FairScheduler(
             workers.slots, time.monotonic, policy.limits.queue_length_per_tenant, reactor.call_later
         )
         self.answers = Answers(policy.limits)
-        self.quotas = Quotas(policy.rules, time.monotonic)
         self.models.terms = lambda session: self.quotas.terms(session.owner, session.tenant)
         self.sessions.quotas = self.store.quotas = self.quotas
         self.execution = Execution(
@@ -77,6 +79,7 @@ class Core:
             self.answers,
             self.metrics,
             reactor.call_soon,
+            self.libraries,
             self.quotas,
         )
         self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
@@ -156,6 +159,7 @@ class Core:
         self.metrics.left(tenant)
         self.answers.forget_tenant(tenant)
         self.models.forget_domain(tenant)
+        self.libraries.forget_tenant(tenant)
         self.scheduler.forget(tenant)
         self.workers.release_domain(tenant)
 
@@ -239,6 +243,7 @@ class Core:
         self.scheduler.expire()
         self.log.sweep()
         self.store.tidy()
+        self.libraries.sweep()
         for peer, limit in self.peers.sweep():
             refusal = of_limit(limit, self.policy, self.policy_source[0])
             self.log.of_tenant(

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from remora.agent.answers import OVERHEAD_BYTES, Answer, Answers, Flight, Waiter
+from remora.agent.libraries import Libraries
 from remora.agent.metrics import Metrics
 from remora.agent.models import Models
-from remora.agent.operations import COMPUTE, Operation
+from remora.agent.operations import COMPUTE, EXEC, Operation
 from remora.agent.quotas import Quotas
 from remora.agent.rules import Rules
 from remora.agent.scheduler import Scheduler
@@ -34,6 +35,7 @@ class Run:
         "domain",
         "flight",
         "handle",
+        "library",
         "operation",
         "release",
         "session",
@@ -56,6 +58,8 @@ class Run:
         #: Where its model runs, once that is known.
         self.device = ""
         self.cancelled = False
+        #: It keeps its library loaded.
+        self.library = False
 
 
 class Execution:
@@ -70,9 +74,11 @@ class Execution:
         answers: Answers,
         metrics: Metrics,
         call_soon: Callable[[Callable[[], None]], None],
+        libraries: Libraries,
         quotas: Quotas | None = None,
     ) -> None:
         self._quotas = quotas or Quotas(Rules(), time.monotonic)
+        self._libraries = libraries
         #: Raised instead of beginning anything, while the agent drains.
         self.closed: Callable[[], RemoraError] | None = None
         self._workers = workers
@@ -131,14 +137,20 @@ class Execution:
         tenant = run.session.tenant
         terms = self._quotas.terms(run.session.owner, tenant)
         terms.check("operations", run.operation.name)
-        if not computes:
+        executes = run.operation.name == EXEC
+        if not computes and not executes:
             terms.check("models", model)
         self._quotas.admit(tenant, terms)
         # Arithmetic needs no model, and what a tenant makes it chew on must hold up nobody else's worker.
-        domain = run.session.tenant if computes else self._models.domain_for(run.session, model)
+        domain = run.session.tenant
+        if not computes:
+            domain = (self._libraries if executes else self._models).domain_for(run.session, model)
         self._runs.setdefault(run.session.id, set()).add(run)
         try:
-            if computes or self._models.loaded(domain, model):
+            if executes:
+                run.library = True
+                self._libraries.begin(run.session, model, lambda outcome: self._loaded(run, domain, outcome))
+            elif computes or self._models.loaded(domain, model):
                 self._queue(run, domain)
             else:
                 self._models.ensure(run.session, model, lambda outcome: self._loaded(run, domain, outcome))
@@ -170,7 +182,8 @@ class Execution:
 
     def _queue(self, run: Run, domain: str) -> None:
         terms = self._quotas.terms(run.session.owner, run.session.tenant)
-        device = "cpu" if run.operation.name == COMPUTE else self._models.device(domain, run.operation.model)
+        modelless = run.operation.name in (COMPUTE, EXEC)
+        device = "cpu" if modelless else self._models.device(domain, run.operation.model)
         terms.check("devices", device)
         run.device, run.domain = device, domain
         run.ticket = ticket = Ticket(
@@ -263,6 +276,9 @@ class Execution:
         run.waiter(outcome)
 
     def _remove(self, run: Run) -> None:
+        if run.library:
+            run.library = False
+            self._libraries.finish(run.session, run.operation.model)
         runs = self._runs.get(run.session.id)
         if runs is not None:
             runs.discard(run)

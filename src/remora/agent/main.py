@@ -123,6 +123,7 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
             models=len(catalogue),
             connections=policy.limits.connections,
             sessions=len(agent.core.sessions),
+            **{f"worker_{name}": text for name, text in workers.confinement.items()},
         )
         reloading = Reloading(agent.core, options.config, options.policy)
         reactor.on_signal(signal.SIGHUP, reloading.reload)

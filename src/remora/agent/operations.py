@@ -25,13 +25,15 @@ INFER = "infer"
 CLASSIFY = "classify"
 #: Arithmetic without a model (`agent.compute`), for vAccel's callers.
 COMPUTE = "compute"
+#: A function of a library that the tenant uploaded (`agent.libraries`), for vAccel's callers.
+EXEC = "exec"
 #: Every operation the agent offers, as `Hello` announces them.
 NAMES = (CLASSIFY, INFER)
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One request for a worker, valid by construction (see `infer`, `classify` and `agent.compute`)."""
+    """One request for a worker, valid by construction (see `infer`, `classify`, `execute` and `agent.compute`)."""
 
     name: str
     model: str
@@ -43,7 +45,7 @@ class Operation:
     deadline_s: float | None = None
     #: Idempotency key within the session; 0 for none.
     request_id: int = 0
-    #: Of `compute`: its name, scalar arguments, and what it writes.
+    #: Of `compute`: its name, scalar arguments, and what it writes. Of `exec`: the symbol, and what it writes at most.
     function: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
     results: tuple[TensorSpec, ...] = ()
@@ -141,3 +143,30 @@ def classify(
     return Operation(
         CLASSIFY, check_model(model), image=view, top=top or 5, deadline_s=deadline_s, request_id=request_id
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of a library's function: bytes, vAccel's number of their type, and the caller's own type."""
+
+    data: memoryview
+    type: int = 0
+    custom_type_id: int = 0
+
+
+def execute(
+    library: str, symbol: str, read: Sequence[Argument], write: Sequence[Argument], *, deadline_s: float | None
+) -> Operation:
+    """Return a checked operation that calls a function of a library; what it writes has at most the given sizes."""
+    if not 1 <= len(symbol) <= MAX_NAME:
+        raise InvalidArgumentError(f"a symbol has 1 to {MAX_NAME} characters, not {len(symbol)}")
+    if len(read) + len(write) > MAX_TENSORS:
+        raise InvalidArgumentError(
+            f"{len(read)} read and {len(write)} write arguments were sent, at most {MAX_TENSORS} are allowed"
+        )
+    given = [
+        TensorView(f"{entry.type}:{entry.custom_type_id}", "uint8", (len(entry.data),), entry.data)
+        for entry in (*read, *write)
+    ]
+    results = tuple(TensorSpec(view.name, view.dtype, view.shape) for view in given[len(read) :])
+    return Operation(EXEC, library, tuple(given), deadline_s=deadline_s, function=symbol, results=results)

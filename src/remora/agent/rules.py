@@ -21,6 +21,7 @@ KEYS: dict[str, tuple[Any, float, float, str]] = {
     "models": (("*",), 0, 0, 'a list of patterns such as ["efficientnet-*"]'),
     "devices": (("*",), 0, 0, 'a list of patterns such as ["cpu", "cuda:*"]'),
     "exec": (False, 0, 0, "true or false"),
+    "libraries": (("*",), 0, 0, 'a list of patterns such as ["sha256:1f0c..."]'),
     "concurrent_requests": (None, 1, 1 << 20, "a whole number of at least 1"),
     "queue_length": (None, 1, 1 << 20, "a whole number of at least 1"),
     "requests_per_s": (None, 1e-3, 1e9, "a number above 0"),
@@ -33,7 +34,8 @@ KEYS: dict[str, tuple[Any, float, float, str]] = {
     "priority": (0, 0, 10, "a whole number from 0 to 10"),
 }
 _NUMBERS = ("requests_per_s", "device_s_per_s", "burst_s", "weight")
-_LISTS = ("operations", "models", "devices")
+#: Lists of patterns, and the word for one thing that they allow.
+_LISTS = {"operations": "operation", "models": "model", "devices": "device", "libraries": "library"}
 _MAX_PATTERNS = 256
 _MAX_RULES = 4096
 _LONG = 1 << 128
@@ -70,7 +72,7 @@ class Terms:
         """
         if not any(fnmatchcase(value, pattern) for pattern in self.values[key]):
             raise PermissionDeniedError(
-                f"{key[:-1]} {value[:100]!r} is not allowed ({self.rule(key)})", fix="ask the operator to allow it"
+                f"{_LISTS[key]} {value[:100]!r} is not allowed ({self.rule(key)})", fix="ask the operator to allow it"
             )
 
     def allows(self, key: str, value: str) -> bool:

@@ -99,7 +99,11 @@ class Session(TorchMixin, TFMixin, TFLiteMixin):
         arg_read: Optional[Sequence[Any]] = None,
         arg_write: Optional[Sequence[Any]] = None,
     ) -> Optional[List[Any]]:
-        """Call a function of a library on the agent's host. Remora's agent refuses it (EPERM)."""
+        """Call a function of a library that the agent knows by name.
+
+        vAccel's own agent takes a path of its host; Remora's refuses that (EPERM) and takes the `sha256:` digest of a
+        library that this tenant has registered. Arguments, results and errors as `exec_with_resource`.
+        """
         first = [Arg(str(library), ArgType.STRING), Arg(symbol, ArgType.STRING)]
         return self._call_library(OpType.EXEC, first, arg_read, arg_write)
 
@@ -110,7 +114,19 @@ class Session(TorchMixin, TFMixin, TFLiteMixin):
         arg_read: Optional[Sequence[Any]] = None,
         arg_write: Optional[Sequence[Any]] = None,
     ) -> Optional[List[Any]]:
-        """Call a function of a library that is registered as a resource."""
+        """Call `int symbol(read, nr_read, write, nr_write)` of a library that is registered as a resource (LIB).
+
+        Args:
+            resource: One shared object, or several of which the last is called and the others are loaded before it.
+            arg_read, arg_write: `Arg`s, or values as `Arg` takes them. The function may change all of `arg_write`.
+
+        Returns:
+            The values of `arg_write` after the call, None if there are none.
+
+        Raises:
+            FFIError: EPERM where policy forbids it, EINVAL if the library cannot be loaded, ENOSYS for a symbol that it
+                does not have, EPROTO if the function did not return 0 or ended its worker, ETIMEDOUT at the deadline.
+        """
         first = [Arg(resource.remote_id, ArgType.INT64), Arg(symbol, ArgType.STRING)]
         return self._call_library(OpType.EXEC_WITH_RESOURCE, first, arg_read, arg_write)
 

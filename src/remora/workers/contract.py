@@ -144,6 +144,8 @@ class Workers(Protocol):
 
     #: Called with the trust domain and the reason when a worker that belonged to it has died.
     on_death: Callable[[str, str], None]
+    #: What holds workers besides their namespaces, for the operator: "cgroups", "users".
+    confinement: Mapping[str, str]
 
     def allocate(self, tenant: str, size_bytes: int) -> Block:
         """Return memory for an incoming message that the tenant's workers already map.

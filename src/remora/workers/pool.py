@@ -6,7 +6,7 @@ its model only. It is never reused: a worker that has served a domain ends with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
@@ -56,8 +56,8 @@ class WorkerPool:
             launcher.sweep()
         self._cells = Cells(self._settings)
         #: What holds workers besides their namespaces, for the log.
-        self.confinement = self._cells.report
         self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None
+        self.confinement: Mapping[str, str] = self._cells.report
         self._domains: dict[str, Domain] = {}
         self._arenas: dict[str, Arena] = {}
         self._spares: list[WorkerProcess] = []

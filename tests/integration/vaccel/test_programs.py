@@ -63,7 +63,7 @@ def test_the_arithmetic_program(agent: AgentProcess) -> None:
 
 def test_the_library_program_is_told_the_rule(agent: AgentProcess) -> None:
     first, second = run(agent, "library.py").splitlines()
-    assert first.startswith("exec 1 EXEC is off")
+    assert first.startswith("exec 1 exec is off")
     assert "exec = false" in first
     assert second == "exec_with_resource 1"
 

@@ -13,6 +13,7 @@ from remora.agent import operations
 from remora.agent.answers import Answer
 from remora.agent.bundles import Bundles
 from remora.agent.core import Core
+from remora.agent.doors.vaccel_exec import ExecCalls
 from remora.agent.doors.vaccel_genop import GenopCalls, text_into, text_of
 from remora.agent.doors.vaccel_models import ModelCalls
 from remora.agent.doors.vaccel_profiles import Profiles
@@ -44,7 +45,7 @@ class VaccelDoor:
         core.on_session_end.append(lambda session: self._profiles.forget(session.id))
         core.on_tenant_gone.append(bundles.drop_tenant)
         core.sessions.on_fork = bundles.forked
-        genop = GenopCalls(self._replies, self._profiles)
+        genop = GenopCalls(self._replies, self._profiles, ExecCalls(core, bundles))
         self._streams = GenopStreams(self._replies, genop)
         methods: dict[str, Callable[[Peer, Call, Any], None]] = {
             "CreateSession": self._create_session,

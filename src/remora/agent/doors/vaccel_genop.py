@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from remora.agent import compute, operations
 from remora.agent.answers import Answer
+from remora.agent.doors.vaccel_exec import ExecCalls, explain
 from remora.agent.doors.vaccel_profiles import Profiles
-from remora.agent.doors.vaccel_replies import Replies, bad_value, with_errno
+from remora.agent.doors.vaccel_replies import Replies, bad_value
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
-from remora.errors import InvalidArgumentError, PermissionDeniedError, UnimplementedError
+from remora.errors import InvalidArgumentError, RemoraError, UnimplementedError
 from remora.wire import vaccel
 from remora.wire.ttrpc.calls import Call
 from remora.wire.vaccel_enums import ArgType, OpType
@@ -35,7 +36,7 @@ TASKS = {
     OpType.IMAGE_POSE: "pose",
     OpType.IMAGE_DEPTH: "depth",
 }
-#: Exact numbers of (read, write) arguments after the opcode.
+#: Exact numbers of (read, write) arguments after the opcode, where they are.
 _COUNTS = {
     **dict.fromkeys(TASKS, (1, 1)),
     OpType.IMAGE_CLASSIFY: (1, 2),
@@ -60,7 +61,6 @@ _SGEMM = (
 )
 _SCALARS = {ArgType.INT64: "<q", ArgType.FLOAT32: "<f", ArgType.UINT8: "<B"}
 _NAMES = {number: name for name, number in vars(ArgType).items() if isinstance(number, int)}
-_EPERM = 1
 
 
 def check_args(args: Args) -> None:
@@ -112,7 +112,7 @@ def _arrays(answer: Answer) -> list[bytes | memoryview]:
 class GenopCalls:
     """Answers `Genop`; `GenopStream` ends here, too, once its chunks are together."""
 
-    def __init__(self, replies: Replies, profiles: Profiles) -> None:
+    def __init__(self, replies: Replies, profiles: Profiles, exec_calls: ExecCalls) -> None:
         self._replies = replies
         self._core = replies.core
         self._profiles = profiles
@@ -124,6 +124,8 @@ class GenopCalls:
             OpType.FPGA_PARALLEL: _arithmetic(compute.parallel),
             OpType.FPGA_VECTORADD: _arithmetic(compute.vectoradd),
             OpType.MINMAX: _minmax,
+            OpType.EXEC: exec_calls.by_name,
+            OpType.EXEC_WITH_RESOURCE: exec_calls.by_resource,
         }
 
     def genop(self, peer: Peer, call: Call, request: vaccel.GenopRequest, received_ns: int = 0) -> None:
@@ -137,8 +139,9 @@ class GenopCalls:
         watch.lap("genop > read_args")
         write = request.write_args
         check_args(write)
-        self._check_counts(session, opcode, read, write)
-        operation, outputs_of = self._prepare[opcode](session, read, write, self._core.deadline_s(call.deadline_s))
+        deadline_s = self._core.deadline_s(call.deadline_s)
+        self._check_counts(opcode, read, write)
+        operation, outputs_of = self._prepare[opcode](session, read, write, deadline_s)
         watch.lap("genop > write_args")
 
         def reply(answer: Answer) -> None:
@@ -152,7 +155,10 @@ class GenopCalls:
             self._replies.respond(peer, call, vaccel.GenopResponse(write_args=out), answer.drop)
             watch.lap("genop > resp_write_args")
 
-        self._replies.run(peer, call, session, operation, reply)
+        def failed(error: RemoraError) -> None:
+            self._replies.fail(peer, call, explain(error) if operation.name == operations.EXEC else error)
+
+        self._replies.run(peer, call, session, operation, reply, failed)
 
     @staticmethod
     def _opcode(args: Args) -> int:
@@ -163,15 +169,8 @@ class GenopCalls:
             raise InvalidArgumentError(f"Genop has no operation {opcode}", fix=f"it has 1 to {len(OPCODES) - 1}")
         return opcode
 
-    def _check_counts(self, session: Session, opcode: int, read: Args, write: Args) -> None:
+    def _check_counts(self, opcode: int, read: Args, write: Args) -> None:
         name = OPCODES[opcode]
-        if opcode in (OpType.EXEC, OpType.EXEC_WITH_RESOURCE):
-            terms = self._core.quotas.terms(session.owner, session.tenant)
-            if not terms.values["exec"]:
-                text = f"{name} is off: no library is run for this tenant ({terms.rule('exec')})"
-                fix = "send a model and use its load and run operations"
-                raise with_errno(PermissionDeniedError(text, fix=fix), _EPERM)
-            raise UnimplementedError(f"{name} is allowed ({terms.rule('exec')}), but this version runs no libraries")
         if opcode not in self._prepare:
             own = (
                 " by Genop; it has a method of its own"
@@ -179,7 +178,7 @@ class GenopCalls:
                 else ""
             )
             raise UnimplementedError(f"{name} is not offered{own}")
-        wanted = _COUNTS[opcode]
+        wanted = _COUNTS.get(opcode, (len(read), len(write)))
         if (len(read), len(write)) != wanted:
             raise InvalidArgumentError(
                 f"{name} takes {wanted[0]} read and {wanted[1]} write arguments, got {len(read)} and {len(write)}"
