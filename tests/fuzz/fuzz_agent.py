@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +40,7 @@ class FakeInstantWorkers:
         self._reactor = reactor
         self.lent = 0
         self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None
-        self.confinement: dict[str, str] = {}
+        self.confinement: Mapping[str, str] = {}
 
     def allocate(self, _tenant: str, size_bytes: int) -> FakeBlock:
         self.lent += 1
