@@ -16,6 +16,7 @@ from remora.agent.attachments import Attachment, Attachments
 from remora.agent.callers import UNKNOWN, Callers
 from remora.agent.core import Core
 from remora.agent.doors.control import ControlDoor
+from remora.agent.doors.health import Health
 from remora.agent.doors.native import NativeDoor
 from remora.agent.doors.vaccel import VaccelDoor
 from remora.agent.draining import Draining
@@ -31,7 +32,7 @@ from remora.agent.pods import PodFiles
 from remora.agent.policy import MIB, Policy
 from remora.errors import RemoraError, UnimplementedError
 from remora.reactor import Reactor
-from remora.wire import remora_v1, vaccel
+from remora.wire import health_v1, remora_v1, vaccel
 from remora.wire.ttrpc.calls import Call
 from remora.wire.ttrpc.reactor import ServerConnection
 from remora.workers.contract import Workers
@@ -80,6 +81,8 @@ class Agent:
         native, vaccel_door = NativeDoor(self.core), VaccelDoor(self.core)
         self._doors: dict[str, Callable[[Peer, Call], None]] = {remora_v1.SERVICE: native.handle}
         self._doors.update(dict.fromkeys(vaccel.SERVICES, vaccel_door.handle))
+        health = Health(self.core, self._doors)
+        self._doors[health_v1.SERVICE] = lambda _peer, call: health.handle(call)
         self._oip: OipDoor | None = None
         self._listeners: list[Listener] = []
         self._addresses: list[str] = []

@@ -6,23 +6,47 @@ import socket
 from pathlib import Path
 from typing import Any, TypeVar
 
-from remora.errors import PermissionDeniedError, UnavailableError
+from remora.errors import PermissionDeniedError, UnavailableError, UnimplementedError
 from remora.wire import control_v1 as v1
+from remora.wire import health_v1
 from remora.wire.protobuf import Message
 from remora.wire.ttrpc.sync import Client
 
-_TIMEOUT_S = 10.0
-
+TIMEOUT_S = 10.0
 
 M = TypeVar("M", bound=Message)
 
 
 def ask(control: Path) -> v1.StatusResponse:
     """Ask for the status. Raises as `call`."""
-    return call(control, "Status", v1.Empty(), v1.StatusResponse, timeout_s=_TIMEOUT_S)
+    return call(control, "Status", v1.Empty(), v1.StatusResponse, timeout_s=TIMEOUT_S)
 
 
-def call(control: Path, method: str, request: Message, answer: type[M], *, timeout_s: float | None) -> M:
+def health(control: Path) -> str:
+    """Ask the health service whether a new request would be served. Raises as `call`."""
+    try:
+        answer = call(
+            control,
+            "Check",
+            health_v1.CheckRequest(),
+            health_v1.CheckResponse,
+            timeout_s=TIMEOUT_S,
+            service=health_v1.SERVICE,
+        )
+    except UnimplementedError:  # an agent of an earlier version
+        return health_v1.STATES[0]
+    return health_v1.STATES.get(answer.status, health_v1.STATES[0])
+
+
+def call(
+    control: Path,
+    method: str,
+    request: Message,
+    answer: type[M],
+    *,
+    timeout_s: float | None = TIMEOUT_S,
+    service: str = v1.SERVICE,
+) -> M:
     """Make one call on an agent's control socket.
 
     Raises:
@@ -44,10 +68,10 @@ def call(control: Path, method: str, request: Message, answer: type[M], *, timeo
             fix="start one with `remora agent`, or give its --control PATH",
         ) from error
     with Client(sock) as client:
-        return client.call(v1.SERVICE, method, request, answer, timeout_s=timeout_s)
+        return client.call(service, method, request, answer, timeout_s=timeout_s)
 
 
-def as_dict(answer: v1.StatusResponse) -> dict[str, Any]:
+def as_dict(answer: v1.StatusResponse, state: str) -> dict[str, Any]:
     """Return the answer as JSON has it."""
     workers = [
         {
@@ -65,6 +89,7 @@ def as_dict(answer: v1.StatusResponse) -> dict[str, Any]:
     return {
         "version": answer.version,
         "pid": answer.pid,
+        "health": state,
         "uptime_s": round(answer.uptime_s, 3),
         "listeners": list(answer.listeners),
         "sessions": answer.sessions,
@@ -75,10 +100,10 @@ def as_dict(answer: v1.StatusResponse) -> dict[str, Any]:
     }
 
 
-def as_lines(answer: v1.StatusResponse) -> list[str]:
+def as_lines(answer: v1.StatusResponse, state: str) -> list[str]:
     """Return the answer for people."""
     lines = [
-        f"remora agent {answer.version}, pid {answer.pid}, up {answer.uptime_s:.0f} s",
+        f"remora agent {answer.version}, pid {answer.pid}, up {answer.uptime_s:.0f} s, {state}",
         f"listens on   {', '.join(answer.listeners) or 'nothing but attached sandboxes'}",
         f"metrics      {answer.metrics_address or 'off'}",
         f"sessions     {answer.sessions}, connections {answer.connections}, store {answer.store_bytes / 1e6:.1f} MB",

@@ -111,8 +111,8 @@ def _drain(control: Path, timeout_s: float) -> int:
 def _status(control: Path, *, as_json: bool) -> int:
     import json
 
-    from remora.agent.status import as_dict, as_lines, ask
+    from remora.agent.status import as_dict, as_lines, ask, health
 
-    answer = ask(control)
-    print(json.dumps(as_dict(answer), indent=2) if as_json else "\n".join(as_lines(answer)))
+    answer, state = ask(control), health(control)
+    print(json.dumps(as_dict(answer, state), indent=2) if as_json else "\n".join(as_lines(answer, state)))
     return 0

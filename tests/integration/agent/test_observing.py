@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +15,16 @@ import pytest
 from agent_process import AgentProcess, Guest, identity_request, wait_until
 from otlp_receiver import Receiver, attributes
 from remora.client import session as sessions
-from remora.errors import RemoraError, ResourceExhaustedError
-from remora.wire import remora_v1
+from remora.errors import NotFoundError, RemoraError, ResourceExhaustedError, UnimplementedError
+from remora.wire import control_v1, health_v1, remora_v1, vaccel
 from remora.wire.ttrpc.sync import Client
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+#: Takes a hundredth of a second.
+PICTURE = remora_v1.InferRequest(
+    model="efficientnet-lite0",
+    inputs=[remora_v1.Tensor(name="input", dtype="float32", shape=[1, 3, 224, 224], data=bytes(602112))],
+)
 CONFIG = "[limits]\nmessage_bytes = 4194304\n"
 
 
@@ -120,3 +127,66 @@ def test_neither_tokens_nor_payloads_are_in_the_log(traced: AgentProcess) -> Non
     wait_until(lambda: "no.Service" in traced.log, "the lines are written")
     for secret in (marker.decode(), token.hex(), repr(token)[2:-1], base64.b64encode(token).decode(), "Bearer"):
         assert secret not in traced.log
+
+
+def check(sock: socket.socket, service: str = "") -> int:
+    with Client(sock) as client:
+        request = health_v1.CheckRequest(service=service)
+        return client.call(health_v1.SERVICE, "Check", request, health_v1.CheckResponse, timeout_s=10).status
+
+
+def test_the_health_service_answers_on_ttrpc_sockets_without_a_session(traced: AgentProcess) -> None:
+    for service in ("", remora_v1.SERVICE, *vaccel.SERVICES):
+        assert check(traced.connect(), service) == health_v1.SERVING
+    assert check(traced.connect(traced.control)) == health_v1.SERVING
+    with pytest.raises(NotFoundError):
+        check(traced.connect(), "no.Service")
+    with Client(traced.connect()) as client, pytest.raises(UnimplementedError):
+        client.call(health_v1.SERVICE, "Watch", health_v1.CheckRequest(), health_v1.CheckResponse)
+
+
+def test_the_health_service_answers_a_stock_grpc_client(traced: AgentProcess) -> None:
+    grpc = pytest.importorskip("grpc", reason="grpcio is missing")
+    with grpc.insecure_channel(f"unix:{traced.directory}/oip.sock") as channel:
+        call = channel.unary_unary(f"/{health_v1.SERVICE}/Check")  # bytes in, bytes out
+        assert call(b"", timeout=10) == b"\x08\x01"
+        assert call(b"\x0a\x1einference.GRPCInferenceService", timeout=10) == b"\x08\x01"
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"\x0a\x04none", timeout=10)
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_a_draining_agent_is_not_ready_and_says_so(tmp_path: Path, models: Path) -> None:
+    agent = AgentProcess(tmp_path, models=models)
+    agent.start()
+    command = [sys.executable, "-m", "remora", "agent", "status", "--json", "--control", str(agent.control)]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert json.loads(asked.stdout)["health"] == "serving"
+        with Guest(agent.connect()) as guest, Client(agent.connect(agent.control)) as control:
+            assert page(agent, "/readyz").startswith(b"HTTP/1.1 200 ")
+            busy = [
+                guest._client.stream(remora_v1.SERVICE, "Infer", PICTURE, remora_v1.InferResponse) for _ in range(50)
+            ]
+            drain = control.stream(
+                control_v1.SERVICE, "Drain", control_v1.DrainRequest(timeout_s=20), control_v1.DrainResponse
+            )
+            wait_until(lambda: "agent draining" in agent.log, "the drain begins")
+            assert page(agent, "/readyz").startswith(b"HTTP/1.1 503 ")
+            assert page(agent, "/healthz").startswith(b"HTTP/1.1 200 ")
+            assert check(agent.connect(agent.control)) == health_v1.NOT_SERVING
+            for stream in busy:
+                stream.cancel()
+            guest.close()
+            drain.receive()
+    finally:
+        assert agent.stop() == 0
+
+
+def page(agent: AgentProcess, target: str) -> bytes:
+    with agent.connect(agent.metrics) as sock:
+        sock.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+    return answer

@@ -11,9 +11,11 @@ from typing import Any
 from remora import __version__
 from remora.agent.attachments import Attachments
 from remora.agent.core import Core
+from remora.agent.doors.health import Health
 from remora.agent.draining import Draining
 from remora.errors import RemoraError, UnimplementedError
 from remora.wire import control_v1 as v1
+from remora.wire import health_v1
 from remora.wire.ttrpc.calls import Call
 
 _EMPTY = v1.Empty()
@@ -36,6 +38,7 @@ class ControlDoor:
         self._listeners = listeners
         self._metrics_address = metrics_address
         self._started_s = time.monotonic()
+        self._health = Health(core, (v1.SERVICE,))
         methods: dict[str, Callable[[Call, Any], None]] = {
             "Attach": self._attach,
             "Detach": self._detach,
@@ -48,6 +51,9 @@ class ControlDoor:
 
     def handle(self, call: Call) -> None:
         """Answer a call, now or later. A RemoraError raised here is answered by the connection."""
+        if call.service == health_v1.SERVICE:
+            self._health.handle(call)
+            return
         entry = self._methods.get(call.method) if call.service == v1.SERVICE else None
         if entry is None:
             raise UnimplementedError(

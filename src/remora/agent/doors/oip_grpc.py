@@ -12,13 +12,14 @@ from typing import Any
 from remora.agent import operations
 from remora.agent.answers import Answer
 from remora.agent.core import Core
-from remora.agent.doors import oip, oip_values
+from remora.agent.doors import health, oip, oip_values
 from remora.agent.doors import oip_messages as messages
 from remora.agent.doors.calls import as_remora_error
 from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.web.http2_streams import GrpcExchange
 from remora.errors import InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
+from remora.wire import health_v1
 from remora.wire.protobuf import Limits, Message
 from remora.workers.contract import TensorSpec, TensorView
 
@@ -41,6 +42,7 @@ class GrpcDoor:
     def __init__(self, core: Core, inferences: oip.Inferences) -> None:
         self._core = core
         self._inferences = inferences
+        self._health = health.Health(core, (messages.SERVICE,))
         self._methods: dict[str, tuple[type[Message], Callable[[Peer, GrpcExchange, Any], None]]] = {
             "ServerLive": (messages.Empty, self._live),
             "ServerReady": (messages.Empty, self._ready),
@@ -56,6 +58,10 @@ class GrpcDoor:
         exchange.service, exchange.method = NAME, "unknown"
         try:
             service, _, method = exchange.path.removeprefix("/").rpartition("/")
+            if service == health_v1.SERVICE:
+                exchange.service, exchange.method = health.NAME, "Check"
+                exchange.respond(self._health.call(method, exchange.body).encode())
+                return
             if service != messages.SERVICE:
                 raise UnimplementedError(
                     f"there is no service {service[:100]!r} here", fix=f"the service is {messages.SERVICE}"
