@@ -21,6 +21,8 @@ from remora.agent.peers import Peer
 from remora.agent.policy import Limits, Policy
 from remora.errors import RemoraError
 from remora.reactor import Reactor
+from remora.workers import contract
+from remora.workers.arena import Region
 from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView, WorkerInfo
 
 IDENTITY = Identity("sandbox:fuzz", "sandbox:fuzz", "fuzz")
@@ -48,6 +50,12 @@ class FakeInstantWorkers:
 
     def _back(self) -> None:
         self.lent -= 1
+
+    def share(self, tenant: str, size_bytes: int) -> contract.Region:
+        return Region(tenant, size_bytes)
+
+    def unshare(self, region: contract.Region) -> None:
+        pass
 
     def load(self, _domain: str, source: ModelSource, done: Callable[[ModelSpec | RemoraError], None]) -> None:
         tensor = (TensorSpec("input", "float32", (-1,)),)

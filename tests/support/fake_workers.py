@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from remora.errors import CancelledError, RemoraError, ResourceExhaustedError
+from remora.workers import contract
+from remora.workers.arena import Region
 from remora.workers.contract import Job, ModelSource, ModelSpec, Result, TensorSpec, WorkerInfo
 
 Done = Callable[[Result | RemoraError], None]
@@ -51,6 +53,7 @@ class FakeWorkers:
     allocated_bytes: int = 0
     closed: bool = False
     confinement: Mapping[str, str] = field(default_factory=dict)
+    regions: list[Region] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None
@@ -64,6 +67,14 @@ class FakeWorkers:
             self.allocated_bytes -= size_bytes
 
         return FakeBlock(size_bytes, back)
+
+    def share(self, tenant: str, size_bytes: int) -> Region:
+        region = Region(tenant, size_bytes)
+        self.regions.append(region)
+        return region
+
+    def unshare(self, region: contract.Region) -> None:
+        next(one for one in self.regions if one.id == region.id).close()
 
     def load(self, domain: str, source: ModelSource, done: Callable[[ModelSpec | RemoraError], None]) -> None:
         self.loads.append((domain, source.key))

@@ -100,7 +100,11 @@ class Answers:
     def end(self, tenant: str, flight: Flight, answer: Answer | None) -> None:
         """The request was answered (remember it) or failed (forget it: it may be run again)."""
         self._flights.pop(flight.key, None)
-        if answer is None or answer.size_bytes > self._limits.answer_bytes_per_tenant:
+        if (
+            answer is None
+            or answer.result.region is not None
+            or answer.size_bytes > self._limits.answer_bytes_per_tenant
+        ):
             return
         remembered = self._remembered.setdefault(tenant, OrderedDict())
         remembered[flight.key] = (flight.fingerprint, answer.take())

@@ -26,6 +26,7 @@ from remora.agent.quotas import Quotas
 from remora.agent.refusals import explain, of_limit
 from remora.agent.scheduler import FairScheduler
 from remora.agent.sessions import Session, Sessions
+from remora.agent.sharing import Sharing
 from remora.agent.store import Store
 from remora.agent.tracing import Tracer
 from remora.errors import RemoraError
@@ -82,6 +83,7 @@ class Core:
             self.libraries,
             self.quotas,
         )
+        self.sharing = Sharing(workers, policy.limits)
         self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
         self.peers.on_join = self._joined
         workers.on_death = self._worker_died
@@ -134,6 +136,7 @@ class Core:
                 session.peer = None
             self.sessions.disconnected(session)
         peer.session = peer.sessions = None
+        self.sharing.end(peer)
         self._linger(peer.identity.tenant)
 
     def _session_ended(self, session: Session) -> None:

@@ -62,6 +62,10 @@ class Run:
         self.library = False
 
 
+def _nobody(_outcome: Answer | RemoraError) -> None:
+    """Stand in for the waiter of a run that is over."""
+
+
 class Execution:
     """Runs operations for sessions."""
 
@@ -239,10 +243,12 @@ class Execution:
             function=operation.function,
             numbers=operation.numbers,
             results=operation.results,
+            region=operation.region,
+            place=operation.place,
         )
 
     def _ended(self, run: Run, outcome: Result | RemoraError) -> None:
-        timings, run_us = run.timings, 0
+        timings, run_us, ticket = run.timings, 0, run.ticket
         timings.ended_s = time.monotonic()
         try:
             if isinstance(outcome, Result):
@@ -261,19 +267,23 @@ class Execution:
             else:
                 self._finish(run, outcome)
         finally:  # whatever became of the answer, the slot is free
-            if run.ticket is not None:
+            if ticket is not None:
                 measured = isinstance(outcome, Result)
                 # What failed or was given up has used its time, too: else that would be the way around a share.
-                part = run.ticket.rows / run.ticket.turn.rows if run.ticket.turn is not None else 1.0
+                part = ticket.rows / ticket.turn.rows if ticket.turn is not None else 1.0
                 used_us = run_us if measured else int((timings.ended_s - timings.begun_s) * 1e6 * part)
                 tenant = run.session.tenant
                 self._quotas.charge(tenant, self._quotas.terms(run.session.owner, tenant), used_us)
-                self._scheduler.finished(run.ticket, used_us, measured=measured)
+                self._scheduler.finished(ticket, used_us, measured=measured)
 
     def _finish(self, run: Run, outcome: Answer | RemoraError) -> None:
         self._remove(run)
         run.release()
-        run.waiter(outcome)
+        waiter = run.waiter
+        # Each of these leads back to the run: without them its tensors go now, and not when the collector comes.
+        run.ticket = run.handle = run.flight = None
+        run.waiter = _nobody
+        waiter(outcome)
 
     def _remove(self, run: Run) -> None:
         if run.library:
@@ -290,7 +300,8 @@ class Execution:
         answer = outcome if isinstance(outcome, Answer) else None
         keep = answer if not session.ended else None
         self._answers.end(session.tenant, flight, keep)
-        for waiter in flight.waiters:
+        waiters, flight.waiters = flight.waiters, []
+        for waiter in waiters:
             waiter(answer.take() if answer is not None else outcome)
         if answer is not None:
             answer.drop()

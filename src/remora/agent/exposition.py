@@ -55,6 +55,7 @@ FAMILIES: Mapping[str, Family] = {
     "remora_connections": Family("gauge", ("tenant",), "Connections of callers."),
     "remora_queued_requests": Family("gauge", ("tenant",), "Operations that wait for their turn."),
     "remora_running_requests": Family("gauge", ("tenant",), "Operations that are with a worker."),
+    "remora_shared_bytes": Family("gauge", ("tenant",), "Bytes of memory shared with local clients."),
     "remora_in_flight_bytes": Family("gauge", ("tenant",), "Bytes of large messages in shared memory."),
     "remora_resources": Family("gauge", ("tenant",), "Resources stored."),
     "remora_resource_bytes": Family("gauge", ("tenant",), "Bytes of the resources that a tenant may use."),

@@ -22,6 +22,7 @@ def register(core: Core, *, attachments: Callable[[], int], draining: Callable[[
     exposition.by_tenant("remora_connections", lambda: core.peers.per_tenant)
     exposition.by_tenant("remora_queued_requests", lambda: core.scheduler.waiting)
     exposition.by_tenant("remora_running_requests", lambda: core.scheduler.running)
+    exposition.by_tenant("remora_shared_bytes", lambda: core.sharing.bytes_per_tenant)
     exposition.by_tenant("remora_in_flight_bytes", lambda: core.peers.in_flight_bytes)
     exposition.by_tenant("remora_resources", lambda: Counter(entry[0] for entry in core.store.entries()))
     exposition.by_tenant("remora_resource_bytes", lambda: _resource_bytes(core))

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from remora.errors import InvalidArgumentError
-from remora.wire.remora_v1 import DTYPES
-from remora.workers.contract import TensorSpec, TensorView
+from remora.wire.remora_v1 import DTYPES, SHARE_ALIGN
+from remora.workers.contract import Region, TensorSpec, TensorView
 
 MAX_TENSORS = 256
 MAX_RANK = 16
@@ -49,6 +49,9 @@ class Operation:
     function: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
     results: tuple[TensorSpec, ...] = ()
+    #: Of `infer`: shared memory in which the inputs lie, and the client's place for outputs in it (offset, length).
+    region: Region | None = None
+    place: tuple[int, int] = (0, 0)
 
     @property
     def size_bytes(self) -> int:
@@ -108,8 +111,37 @@ def tensor(name: str, dtype: str, shape: Sequence[int], data: bytes | memoryview
     return TensorView(name, dtype, tuple(shape), view)
 
 
+def shared_part(region: Region, offset: int, size_bytes: int, what: str) -> memoryview:
+    """Return a part of the memory that a client shares.
+
+    Raises:
+        InvalidArgumentError: it does not lie inside, or begins at an odd place.
+    """
+    if offset % SHARE_ALIGN or offset + size_bytes > region.size:
+        raise InvalidArgumentError(
+            f"{what} takes bytes {offset} to {offset + size_bytes} of a region of {region.size} bytes",
+            fix=f"begin at a multiple of {SHARE_ALIGN}, and end inside the region",
+        )
+    return region.memory[offset : offset + size_bytes]
+
+
+def shared_tensor(region: Region, name: str, dtype: str, shape: Sequence[int], offset: int) -> TensorView:
+    """Return a checked tensor whose bytes lie in the memory that a client shares."""
+    size_bytes = DTYPES.get(dtype, 0)
+    for size in shape:
+        size_bytes *= size
+    return tensor(name, dtype, shape, shared_part(region, offset, max(0, size_bytes), "a tensor"))
+
+
 def infer(
-    model: str, inputs: Iterable[TensorView], outputs: Sequence[str], *, deadline_s: float | None, request_id: int = 0
+    model: str,
+    inputs: Iterable[TensorView],
+    outputs: Sequence[str],
+    *,
+    deadline_s: float | None,
+    request_id: int = 0,
+    region: Region | None = None,
+    place: tuple[int, int] = (0, 0),
 ) -> Operation:
     """Return a checked operation that runs `model` on tensors."""
     tensors = tuple(inputs)
@@ -122,7 +154,16 @@ def infer(
         raise InvalidArgumentError(
             f"infer asks for {len(outputs)} outputs; at most {MAX_TENSORS} of {MAX_NAME} characters are allowed"
         )
-    return Operation(INFER, check_model(model), tensors, tuple(outputs), deadline_s=deadline_s, request_id=request_id)
+    return Operation(
+        INFER,
+        check_model(model),
+        tensors,
+        tuple(outputs),
+        deadline_s=deadline_s,
+        request_id=request_id,
+        region=region,
+        place=place,
+    )
 
 
 def check_tensor_count(count: int) -> None:

@@ -15,7 +15,7 @@ from remora.agent.identity import Identity
 from remora.agent.policy import Limits
 from remora.agent.sessions import Session
 from remora.errors import RemoraError, ResourceExhaustedError
-from remora.workers.contract import Block
+from remora.workers.contract import Block, Region
 
 
 class Connection(Protocol):
@@ -27,7 +27,19 @@ class Connection(Protocol):
 class Peer:
     """One connection. Small on purpose: ten thousand idle ones wait on a node."""
 
-    __slots__ = ("active_s", "connection", "greeting", "identity", "made_s", "requests", "runs", "session", "sessions")
+    __slots__ = (
+        "active_s",
+        "connection",
+        "greeting",
+        "identity",
+        "local",
+        "made_s",
+        "regions",
+        "requests",
+        "runs",
+        "session",
+        "sessions",
+    )
 
     def __init__(self, identity: Identity, now_s: float) -> None:
         self.identity = identity
@@ -42,6 +54,10 @@ class Peer:
         self.made_s = now_s
         self.active_s = now_s
         self.requests = 0
+        #: On the agent's own Unix socket: descriptors can be passed to it.
+        self.local = False
+        #: Memory shared with it, by number (`agent.sharing`).
+        self.regions: dict[int, Region] | None = None
 
     def add_run(self, run: Run) -> None:
         if self.runs is None:

@@ -36,6 +36,9 @@ class Limits:
     json_bytes: int = 4 * MIB
     #: Bodies that were received for a tenant and are not answered yet.
     in_flight_bytes_per_tenant: int = 256 * MIB
+    #: Memory shared with clients of this host, whose tensors then cross no socket; 0: none.
+    shared_bytes_per_connection: int = 64 * MIB
+    shared_bytes_per_tenant: int = 512 * MIB
     #: Requests of one connection that are not answered yet.
     in_flight_per_connection: int = 256
     #: Requests of a tenant that wait for a worker.
@@ -100,6 +103,8 @@ _LEAST: dict[str, int] = {
     "message_bytes": 4 * MIB,
     "out_bytes_per_connection": 4 * KIB,
     "send_buffer_bytes": 4 * KIB,
+    "shared_bytes_per_connection": 0,
+    "shared_bytes_per_tenant": 0,
     "standby": 0,
     "tenant_memory_bytes": 0,
     "shared_memory_bytes": 0,

@@ -58,6 +58,17 @@ class Stop:
                 self._callback()
 
 
+@dataclass(frozen=True)
+class Exposure:
+    """Tensors of a model that somebody else may write to while it runs: all that can come of it is wrong numbers.
+
+    That is not so of every tensor: an index that changes after it was checked reads what lies beyond an array.
+    """
+
+    inputs: frozenset[str] = frozenset()
+    outputs: frozenset[str] = frozenset()
+
+
 class LoadedModel(Protocol):
     """A model that is ready to run. `run` may be called from several threads at once."""
 
@@ -65,6 +76,8 @@ class LoadedModel(Protocol):
     outputs: tuple[Spec, ...]
     device: str
     memory_bytes: int
+    #: Tensors that may lie in memory which a client writes to; all others are copied. Nothing, unless known better.
+    exposure: Exposure
 
     def check(self, feeds: Mapping[str, Array], wanted: Sequence[str]) -> tuple[str, ...]:
         """Return the names of the outputs to compute.

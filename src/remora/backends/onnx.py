@@ -21,7 +21,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from remora.backends.contract import Array, Limits, Spec, Stop
+from remora.backends.contract import Array, Exposure, Limits, Spec, Stop
+from remora.backends.onnx_exposure import exposure
 from remora.errors import CancelledError, InvalidArgumentError, RemoraError, ResourceExhaustedError
 
 #: Operator sets whose kernels ship with ONNX Runtime and do nothing but compute.
@@ -74,8 +75,10 @@ def providers(device: str) -> tuple[list[Any], str]:
 # -- vetting ----------------------------------------------------------------------------------------------------------
 
 
-def vet(data: bytes, limits: Limits) -> None:
-    """Refuse a model file that is not self-contained, uses unknown operators, or is out of bounds.
+def vet(data: bytes, limits: Limits) -> Any:
+    """Return the parsed model (`onnx.ModelProto`, which has no types), or refuse the file.
+
+    It is refused if it is not self-contained, uses unknown operators, or is out of bounds.
 
     Raises:
         InvalidArgumentError: what is wrong with the file.
@@ -109,6 +112,7 @@ def vet(data: bytes, limits: Limits) -> None:
                     f"tensor {tensor.name!r} keeps its data outside the model file, which is not allowed",
                     fix=_FIX_MODEL,
                 )
+    return model
 
 
 def _is_local(model: Any, node: Any) -> bool:
@@ -157,8 +161,9 @@ def _attribute_tensors(attributes: Any, pending: list[tuple[Any, int]], depth: i
 class OnnxModel:
     """One session, shared by all threads of a worker."""
 
-    def __init__(self, session: Any, device: str, memory_bytes: int) -> None:
+    def __init__(self, session: Any, device: str, memory_bytes: int, exposed: Exposure) -> None:
         self._session = session
+        self.exposure = exposed
         self.device = device
         self.memory_bytes = memory_bytes
         self.inputs = tuple(_spec(value) for value in session.get_inputs())
@@ -267,7 +272,7 @@ class OnnxBackend:
     name = "onnx"
 
     def load(self, data: bytes, device: str, limits: Limits) -> OnnxModel:
-        vet(data, limits)
+        exposed = exposure(vet(data, limits))
         chosen, used = providers(device)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -281,7 +286,7 @@ class OnnxBackend:
             ) from error
         if used != "cpu" and "CUDAExecutionProvider" not in session.get_providers():
             used = "cpu"  # ONNX Runtime falls back by itself when the driver does not answer
-        model = OnnxModel(session, used, memory_bytes=len(data))
+        model = OnnxModel(session, used, memory_bytes=len(data), exposed=exposed)
         if not all(np.dtype(spec.dtype).itemsize for spec in (*model.inputs, *model.outputs)):
             raise InvalidArgumentError("the model has an input or output without a size")
         return model

@@ -14,6 +14,7 @@ from remora.client import calls, tracing
 from remora.client.aio_link import AsyncLink
 from remora.client.calls import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, DEFAULT_MODEL, RECONNECT_TIMEOUT_S
 from remora.client.continuity import Continuity
+from remora.client.inference import Inference
 from remora.client.source import Source
 from remora.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from remora.wire import remora_v1 as v1
@@ -141,14 +142,11 @@ class AsyncSession:
     ) -> Dict[str, Any]:
         """Run a model on tensors; see `remora.Session.infer`."""
         name = calls.model_name(model)
-        request_id = calls.new_request_id()
-        request, passed_arrays = calls.infer_request(name, inputs, outputs, request_id)
+        request = Inference(name, inputs, outputs, calls.new_request_id())
         trace = tracing.metadata(traceparent)
-        self._link.continuity.check_size(request.byte_size(), "Infer")
-        answer = await self._using(
-            name, lambda left_s: self._call("Infer", request, v1.InferResponse, left_s, trace), deadline
+        return await self._using(
+            name, lambda left_s: self._link.infer(request, arrays, timeout_s=left_s, metadata=trace), deadline
         )
-        return calls.arrays_or_tensors(answer, passed_arrays if arrays is None else arrays)
 
     async def load(self, source: Any, *, format: str = "", deadline: Optional[float] = None) -> AsyncModel:
         """Upload a model, unless the agent has it, and load it; see `remora.Session.load`."""

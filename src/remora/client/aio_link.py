@@ -34,10 +34,26 @@ from remora.wire.ttrpc.aio import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import AsyncGenerator, Deque, Iterable, List, Optional, Sequence, Tuple, Type, TypeVar
+    from typing import (
+        Any,
+        AsyncGenerator,
+        Awaitable,
+        Callable,
+        Deque,
+        Dict,
+        Iterable,
+        List,
+        Optional,
+        Sequence,
+        Tuple,
+        Type,
+        TypeVar,
+    )
 
     from remora.client.address import Address
     from remora.client.continuity import Continuity
+    from remora.client.inference import Inference
+    from remora.client.region import Region
     from remora.wire.protobuf import Message
     from remora.wire.ttrpc.core import Metadata
 
@@ -47,13 +63,16 @@ if TYPE_CHECKING:
 class Connection:
     """One socket to the agent, and what is known of its health."""
 
-    __slots__ = ("client", "generation", "suspect")
+    __slots__ = ("client", "generation", "suspect", "region", "asked")
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.generation = ready.generation()
         #: True after a deadline passed on it: alive and slow, or dead.
         self.suspect = False
+        #: Memory shared with the agent, once a request wanted some and got it.
+        self.region: Optional[Region] = None
+        self.asked = False
 
     def is_usable(self) -> bool:
         return not self.client.closed and self.generation == ready.generation()
@@ -114,9 +133,77 @@ class AsyncLink:
         Raises:
             RemoraError: the agent's answer, or UnavailableError or DeadlineExceededError from here.
         """
+
+        async def body(_connection: Connection) -> Message:
+            return request
+
+        return await self._call(method, body, response, timeout_s, metadata)
+
+    async def infer(
+        self,
+        request: Inference,
+        arrays: Optional[bool],
+        *,
+        timeout_s: float,
+        metadata: Optional[Metadata] = None,
+    ) -> Dict[str, Any]:
+        """Make an Infer call, as `Link.infer`."""
+        with_region = True
+
+        async def body(connection: Connection) -> Message:
+            message = request.body(await self._region(connection, request) if with_region else None)
+            if not request.is_shared:
+                self.continuity.check_size(message.byte_size(), "Infer")
+            return message
+
+        try:
+            try:
+                answer = await self._call("Infer", body, v1.InferResponse, timeout_s, metadata)
+            except FailedPreconditionError as error:
+                if not request.is_shared:
+                    raise
+                request.failed(error)  # it may be the memory that the agent knows no more
+                with_region = False
+                answer = await self._call("Infer", body, v1.InferResponse, timeout_s, metadata)
+        except BaseException as error:
+            request.failed(error)
+            raise
+        return request.answered(answer, arrays)
+
+    async def _region(self, connection: Connection, request: Inference) -> Optional[Region]:
+        size_bytes = request.shared_bytes
+        if not size_bytes or not self.continuity.share_bytes:
+            return None
+        region = connection.region
+        if region is not None and region.is_spent:
+            connection.region, connection.asked, region = None, False, None
+        if region is None and not connection.asked:
+            connection.asked = True  # other tasks send messages meanwhile, and we do for good if it is refused
+            from remora.client import region as regions
+
+            wanted = regions.wanted_bytes(size_bytes, self.continuity.share_bytes)
+            sharing = asyncio.get_running_loop().run_in_executor(
+                None, regions.share, self.address, self.continuity.token, wanted, HELLO_TIMEOUT_S
+            )
+            try:
+                region = await sharing
+            except RemoraError:
+                return None
+            connection.region = region
+        return region
+
+    async def _call(
+        self,
+        method: str,
+        body: Callable[[Connection], Awaitable[Message]],
+        response: Type[Response],
+        timeout_s: float,
+        metadata: Optional[Metadata],
+    ) -> Response:
         patience = Patience(method, timeout_s=timeout_s, reconnect_s=self._reconnect_s, now_s=time.monotonic())
         while True:
             connection = await self._connected(patience)
+            request = await body(connection)
             try:
                 return await connection.client.call(
                     v1.SERVICE,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 
-from remora.client import tensors, values
+from remora.client import values
 from remora.client.source import Source, read_picture
 from remora.errors import InvalidArgumentError, RemoraError
 from remora.wire import remora_v1 as v1
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+    from typing import Any, Iterable, List, Optional
 
 #: What `classify` uses unless told otherwise; `remora models build` makes it.
 DEFAULT_MODEL = "efficientnet-lite0"
@@ -67,24 +67,6 @@ def classify_request(image: Any, model: str, top: int, request_id: int) -> v1.Cl
 
 def labels(answer: v1.ClassifyResponse) -> List[values.Label]:
     return [values.label(message) for message in answer.labels]
-
-
-def infer_request(
-    model: str,
-    inputs: Mapping[str, Any],
-    outputs: Optional[Sequence[str]],
-    request_id: int,
-) -> Tuple[v1.InferRequest, bool]:
-    """Return the request, and whether an input came as a numpy array."""
-    if isinstance(outputs, str):
-        raise InvalidArgumentError(f"outputs={outputs!r} is one name", fix=f"pass a list: outputs=[{outputs!r}]")
-    messages, arrays = tensors.to_wire(inputs)
-    request = v1.InferRequest(model=model, inputs=messages, outputs=list(outputs or ()), request_id=request_id)
-    return request, arrays
-
-
-def arrays_or_tensors(answer: v1.InferResponse, arrays: bool) -> Dict[str, Any]:
-    return tensors.from_wire(answer.outputs, arrays=arrays)
 
 
 def models(answer: v1.ModelsResponse) -> List[values.ModelInfo]:

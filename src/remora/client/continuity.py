@@ -52,8 +52,14 @@ class Continuity:
         self.agent = ""
         self.operations: Tuple[str, ...] = ()
         self.max_message_bytes = 4 << 20
+        #: Memory that the agent would share.
+        self.share_bytes = 0
         self.resumed = False
         self.forked = False
+
+    @property
+    def token(self) -> bytes:
+        return self._token
 
     def hello(self) -> v1.HelloRequest:
         return v1.HelloRequest(version=v1.VERSION, client=self._client, token=self._token)
@@ -67,6 +73,7 @@ class Continuity:
         self.agent = answer.agent
         self.operations = tuple(answer.operations)
         self.resumed = answer.resumed
+        self.share_bytes = answer.share_bytes
         self.forked = answer.forked
         if answer.max_message_bytes:
             self.max_message_bytes = answer.max_message_bytes

@@ -39,8 +39,10 @@ from remora.wire.ttrpc.sync import Client
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from typing import Deque, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar
+    from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar
 
+    from remora.client.inference import Inference
+    from remora.client.region import Region
     from remora.wire.protobuf import Message
     from remora.wire.ttrpc.core import Metadata
     from remora.wire.ttrpc.sync import Stream
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 class Connection:
     """One socket to the agent, and what is known of its health."""
 
-    __slots__ = ("client", "sock", "generation", "suspect")
+    __slots__ = ("client", "sock", "generation", "suspect", "region", "asked")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -59,6 +61,9 @@ class Connection:
         self.generation = ready.generation()
         #: True after a deadline passed on it: alive and slow, or dead.
         self.suspect = False
+        #: Memory shared with the agent, once a request wanted some and got it.
+        self.region: Optional[Region] = None
+        self.asked = False
 
     def is_usable(self) -> bool:
         return not self.client.closed and self.generation == ready.generation()
@@ -113,9 +118,74 @@ class Link:
         Raises:
             RemoraError: the agent's answer, or UnavailableError or DeadlineExceededError from here.
         """
+        return self._call(method, lambda _connection: request, response, timeout_s, metadata)
+
+    def infer(
+        self,
+        request: Inference,
+        arrays: Optional[bool],
+        *,
+        timeout_s: float,
+        metadata: Optional[Metadata] = None,
+    ) -> Dict[str, Any]:
+        """Make an Infer call, with the tensors in shared memory where the agent has offered some; return the results.
+
+        Raises:
+            RemoraError: as `call`.
+        """
+        with_region = True
+
+        def body(connection: Connection) -> Message:
+            message = request.body(self._region(connection, request) if with_region else None)
+            if not request.is_shared:
+                self.continuity.check_size(message.byte_size(), "Infer")
+            return message
+
+        try:
+            try:
+                answer = self._call("Infer", body, v1.InferResponse, timeout_s, metadata)
+            except FailedPreconditionError as error:
+                if not request.is_shared:
+                    raise
+                request.failed(error)  # it may be the memory that the agent knows no more
+                with_region = False
+                answer = self._call("Infer", body, v1.InferResponse, timeout_s, metadata)
+        except BaseException as error:
+            request.failed(error)
+            raise
+        return request.answered(answer, arrays)
+
+    def _region(self, connection: Connection, request: Inference) -> Optional[Region]:
+        size_bytes = request.shared_bytes
+        if not size_bytes or not self.continuity.share_bytes:
+            return None
+        region = connection.region
+        if region is not None and region.is_spent:
+            connection.region, connection.asked, region = None, False, None
+        if region is None and not connection.asked:
+            connection.asked = True  # other threads send messages meanwhile, and we do for good if it is refused
+            from remora.client import region as regions
+
+            wanted = regions.wanted_bytes(size_bytes, self.continuity.share_bytes)
+            try:
+                region = regions.share(self.address, self.continuity.token, wanted, HELLO_TIMEOUT_S)
+            except RemoraError:
+                return None
+            connection.region = region
+        return region
+
+    def _call(
+        self,
+        method: str,
+        body: Callable[[Connection], Message],
+        response: Type[Response],
+        timeout_s: float,
+        metadata: Optional[Metadata],
+    ) -> Response:
         patience = Patience(method, timeout_s=timeout_s, reconnect_s=self._reconnect_s, now_s=time.monotonic())
         while True:
             connection = self._connected(patience)
+            request = body(connection)
             try:
                 return connection.client.call(
                     v1.SERVICE,

@@ -13,6 +13,7 @@ from remora.client import address as addresses
 from remora.client import calls, tracing
 from remora.client.calls import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, DEFAULT_MODEL, RECONNECT_TIMEOUT_S
 from remora.client.continuity import Continuity
+from remora.client.inference import Inference
 from remora.client.link import Link
 from remora.client.source import Source
 from remora.client.values import Label, ModelInfo, TensorSpec
@@ -160,13 +161,11 @@ class Session:
             NotFoundError: no such model.
         """
         name = calls.model_name(model)
-        request, passed_arrays = calls.infer_request(name, inputs, outputs, calls.new_request_id())
+        request = Inference(name, inputs, outputs, calls.new_request_id())
         trace = tracing.metadata(traceparent)
-        self._link.continuity.check_size(request.byte_size(), "Infer")
-        answer = self._using(
-            name, lambda left_s: self._call("Infer", request, v1.InferResponse, left_s, trace), deadline
+        return self._using(
+            name, lambda left_s: self._link.infer(request, arrays, timeout_s=left_s, metadata=trace), deadline
         )
-        return calls.arrays_or_tensors(answer, passed_arrays if arrays is None else arrays)
 
     def load(self, source: Any, *, format: str = "", deadline: Optional[float] = None) -> Model:
         """Upload a model, unless the agent has it, and load it.

@@ -137,6 +137,11 @@ def from_wire(tensors: Iterable[v1.Tensor], *, arrays: bool) -> Dict[str, Any]:
     return found
 
 
+def size_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Return the bytes of a tensor."""
+    return v1.DTYPES[dtype] * _product(tuple(shape))
+
+
 def _view(data: Buffer) -> memoryview:
     try:
         view = memoryview(data)

@@ -17,6 +17,8 @@ OIP_PORT = 8000
 VERSION = 1
 #: Upload chunk the SDK uses. An agent accepts any chunk up to its message limit.
 CHUNK_BYTES = 1 << 20
+#: Where tensors may begin in shared memory: a cache line.
+SHARE_ALIGN = 64
 
 #: Element types by name, as numpy spells them, with their size in bytes.
 DTYPES: dict[str, int] = {
@@ -63,6 +65,24 @@ class HelloResponse(Message):
     operations: list[str] = string(7, repeated=True)
     agent: str = string(8)
     version: int = uint32(9)
+    #: How many bytes of memory the agent would share with this client (`Share`); 0: none.
+    share_bytes: int = uint64(10)
+
+
+class ShareRequest(Message):
+    """Asks for shared memory, on a connection of its own: no Hello comes before it."""
+
+    #: Of the session whose connection will use the memory.
+    token: bytes = bytes_(1)
+    size_bytes: int = uint64(2)
+
+
+class ShareResponse(Message):
+    """Comes with one descriptor (SCM_RIGHTS): a sealed memfd."""
+
+    #: Names the region in requests of that connection.
+    region: int = uint32(1)
+    size_bytes: int = uint64(2)
 
 
 class TensorSpec(Message):
@@ -136,6 +156,8 @@ class Tensor(Message):
     shape: list[int] = int64(3, repeated=True)
     #: Row-major, little-endian, contiguous; its length is the product of the shape times the element size.
     data: bytes | memoryview = bytes_(4)
+    #: Where the bytes lie in the message's region instead, a multiple of `SHARE_ALIGN`; their number is as above.
+    offset: int = uint64(5)
 
 
 class Timing(Message):
@@ -152,11 +174,18 @@ class InferRequest(Message):
     outputs: list[str] = string(3, repeated=True)
     #: Idempotency key: unique per session, the same when the request is sent again. 0 for none.
     request_id: int = uint64(4)
+    #: Shared memory in which all inputs lie; 0: they are in the message.
+    region: int = uint32(5)
+    #: Part of the region for the outputs; without one, or if it is too small, they come in the answer.
+    output_offset: int = uint64(6)
+    output_bytes: int = uint64(7)
 
 
 class InferResponse(Message):
     outputs: list[Tensor] = message(1, Tensor, repeated=True)
     timing: Timing | None = message(2, Timing)
+    #: Shared memory in which all outputs lie; 0: they are in the message.
+    region: int = uint32(3)
 
 
 class ClassifyRequest(Message):
@@ -194,6 +223,7 @@ class NoopResponse(Message):
 #: Method name -> (request, response). All are unary.
 METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "Hello": (HelloRequest, HelloResponse),
+    "Share": (ShareRequest, ShareResponse),
     "Close": (Empty, Empty),
     "Noop": (NoopRequest, NoopResponse),
     "Models": (Empty, ModelsResponse),

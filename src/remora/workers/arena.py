@@ -2,7 +2,8 @@
 
 One arena per tenant, a sealed memfd that the agent and the tenant's workers map; no arena ever belongs to two tenants.
 The seals matter: a hostile worker that could shrink the file would end the agent by SIGBUS. Free memory is zero (a
-block is cleared when it is given back), so no message finds another's bytes.
+block is cleared when it is given back), so no message finds another's bytes. A region is shared with a client as well
+(docs/decisions/0009-shared-memory-for-local-clients.md).
 
 A memoryview anywhere inside an arena is found by its address, so callers pass slices of what they received and need to
 know nothing of offsets.
@@ -10,7 +11,6 @@ know nothing of offsets.
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import fcntl
 import mmap
@@ -18,6 +18,7 @@ import os
 from itertools import count
 
 from remora.errors import ResourceExhaustedError
+from remora.wire.ranges import FreeRanges
 
 #: Cache line, and enough for any vector instruction.
 ALIGN = 64
@@ -64,35 +65,15 @@ def address_of(view: memoryview) -> int:
         _release_buffer(ctypes.byref(buffer))
 
 
-class ArenaBlock:
-    """Part of an arena; give it back once."""
-
-    __slots__ = ("arena", "offset", "size", "view", "_reserved")
-
-    def __init__(self, arena: Arena, offset: int, size: int, reserved: int) -> None:
-        self.arena = arena
-        self.offset = offset
-        self.size = size
-        self._reserved = reserved
-        self.view = arena.memory[offset : offset + size]
-
-    def release(self) -> None:
-        """Clear the block and make it free; harmless when done twice."""
-        reserved, self._reserved = self._reserved, 0
-        if reserved:
-            self.arena._give_back(self.offset, self.size, reserved)
-
-
-class Arena:
-    """A tenant's shared memory with a first-fit allocator."""
+class SharedMemory:
+    """A sealed memfd of fixed size, mapped here; a worker or a client maps it by its descriptor."""
 
     _ids = count(1)
 
-    def __init__(self, tenant: str, size_bytes: int) -> None:
+    def __init__(self, name: str, size_bytes: int) -> None:
         self.id = next(self._ids)
-        self.tenant = tenant
         self.size = (size_bytes + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-        self.fd = os.memfd_create(f"remora-arena-{self.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = os.memfd_create(f"remora-{name}-{self.id}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, self.size)
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEALS)
@@ -102,34 +83,16 @@ class Arena:
             raise
         self.memory = memoryview(self._map)
         self._base = address_of(self.memory)
-        self._free: list[tuple[int, int]] = [(0, self.size)]  # (offset, size), by offset, never adjacent
-        self.used = 0
-
-    def allocate(self, size_bytes: int) -> ArenaBlock:
-        """Return a zeroed block.
-
-        Raises:
-            ResourceExhaustedError: no hole is large enough.
-        """
-        reserved = max(ALIGN, (size_bytes + ALIGN - 1) // ALIGN * ALIGN)
-        for index, (offset, hole) in enumerate(self._free):
-            if hole >= reserved:
-                if hole == reserved:
-                    del self._free[index]
-                else:
-                    self._free[index] = (offset + reserved, hole - reserved)
-                self.used += reserved
-                return ArenaBlock(self, offset, size_bytes, reserved)
-        raise ResourceExhaustedError(
-            f"{size_bytes} bytes do not fit into the tenant's arena: {self.used} of {self.size} bytes are in use",
-            fix="send less at once, or raise arena_bytes in the agent's configuration",
-        )
 
     def locate(self, view: memoryview) -> int | None:
-        """Return the offset of a memoryview that lies in this arena, else None."""
+        """Return the offset of a memoryview that lies in this memory, else None."""
         if view.obj is not self._map:
             return None
         return address_of(view) - self._base
+
+    @property
+    def closed(self) -> bool:
+        return self.fd < 0
 
     def close(self) -> None:
         """Close the descriptor. The memory goes when the last view of it does."""
@@ -137,19 +100,55 @@ class Arena:
             os.close(self.fd)
             self.fd = -1
 
-    def _give_back(self, offset: int, size: int, reserved: int) -> None:
+
+class ArenaBlock:
+    """Part of an arena; give it back once."""
+
+    __slots__ = ("arena", "offset", "size", "view", "_held")
+
+    def __init__(self, arena: Arena, offset: int, size: int) -> None:
+        self.arena = arena
+        self.offset = offset
+        self.size = size
+        self._held = True
+        self.view = arena.memory[offset : offset + size]
+
+    def release(self) -> None:
+        """Clear the block and make it free; harmless when done twice."""
+        if self._held:
+            self._held = False
+            self.arena._give_back(self.offset, self.size)
+
+
+class Arena(SharedMemory):
+    """A tenant's shared memory, which the agent hands out."""
+
+    def __init__(self, tenant: str, size_bytes: int) -> None:
+        super().__init__("arena", size_bytes)
+        self.tenant = tenant
+        self._ranges = FreeRanges(self.size, ALIGN)
+
+    @property
+    def used(self) -> int:
+        return self._ranges.used_bytes
+
+    def allocate(self, size_bytes: int) -> ArenaBlock:
+        """Return a zeroed block.
+
+        Raises:
+            ResourceExhaustedError: no hole is large enough.
+        """
+        offset = self._ranges.take(size_bytes)
+        if offset is None:
+            raise ResourceExhaustedError(
+                f"{size_bytes} bytes do not fit into the tenant's arena: {self.used} of {self.size} bytes are in use",
+                fix="send less at once, or raise arena_bytes in the agent's configuration",
+            )
+        return ArenaBlock(self, offset, size_bytes)
+
+    def _give_back(self, offset: int, size: int) -> None:
         self._clear(offset, size)
-        self.used -= reserved
-        end = offset + reserved
-        index = bisect.bisect_left(self._free, (offset, 0))
-        if index < len(self._free) and self._free[index][0] == end:
-            end += self._free[index][1]
-            del self._free[index]
-        if index and sum(self._free[index - 1]) == offset:
-            index -= 1
-            offset = self._free[index][0]
-            del self._free[index]
-        self._free.insert(index, (offset, end - offset))
+        self._ranges.give_back(offset, size)
 
     def _clear(self, offset: int, size: int) -> None:
         if size >= _PUNCH_BYTES:
@@ -160,3 +159,34 @@ class Arena:
             ctypes.memset(self._base + end, 0, offset + size - end)
         else:
             ctypes.memset(self._base + offset, 0, size)
+
+
+class Region(SharedMemory):
+    """Memory that the agent shares with one client, which hands out its parts as it likes.
+
+    The client writes to it whenever it likes, too: what is read here may be another value the next time. Workers copy
+    what they compute on (`backends.contract.Exposure` says where they need not).
+    """
+
+    def __init__(self, tenant: str, size_bytes: int) -> None:
+        try:
+            super().__init__("region", size_bytes)
+        except OSError as error:
+            raise ResourceExhaustedError(
+                f"the agent cannot share {size_bytes} bytes: {error.strerror}", fix="send tensors in messages"
+            ) from error
+        self.tenant = tenant
+
+
+class RegionBlock:
+    """Where a client wants a job's outputs: a part of its region, which the agent only checks."""
+
+    __slots__ = ("arena", "offset", "size")
+
+    def __init__(self, region: Region, offset: int, size: int) -> None:
+        self.arena = region
+        self.offset = offset
+        self.size = size
+
+    def release(self) -> None:
+        """Do nothing: the client knows when it needs the part no longer."""

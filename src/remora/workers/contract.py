@@ -70,6 +70,17 @@ class TensorView:
     dtype: str
     shape: tuple[int, ...]
     data: memoryview  # contiguous, format "B"
+    offset: int = 0  # of an output in its arena or region
+
+
+class Region(Protocol):
+    """Memory shared with one client (`arena.Region`)."""
+
+    id: int
+    fd: int
+    size: int
+    memory: memoryview
+    tenant: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,8 @@ class Job:
     #: compute: what it writes, of exactly these shapes. exec: of at most these, and the last of `inputs` are what is in
     #: them before; an argument's name is "<vAccel's type>:<custom type>".
     results: tuple[TensorSpec, ...] = ()
+    region: Region | None = None  # infer: where all inputs lie, if the client has put them into memory it shares
+    place: tuple[int, int] = (0, 0)  # infer: offset and length of the client's place for outputs in the region
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,8 @@ class Result:
     release: Callable[[], None] = lambda: None
     #: Of a job that shared its run with others: the whole run; `run_us` is its part.
     whole_us: int = 0
+    #: Where the outputs lie if the client may write over them: good for one answer, not to be remembered.
+    region: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,15 @@ class Workers(Protocol):
         Raises:
             ResourceExhaustedError: the tenant's arena is full (limit from settings).
         """
+
+    def share(self, tenant: str, size_bytes: int) -> Region:
+        """Make memory that a client and the workers that serve it map; `unshare` ends it.
+
+        Raises:
+            ResourceExhaustedError: the system gives no more.
+        """
+
+    def unshare(self, region: Region) -> None: ...
 
     def load(self, domain: str, source: ModelSource, done: Callable[[ModelSpec | RemoraError], None]) -> None:
         """Load a model into the domain's worker, starting one if needed; loading it twice is no work."""

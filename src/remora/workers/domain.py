@@ -23,9 +23,10 @@ from remora.errors import (
     ProtocolError,
     RemoraError,
     ResourceExhaustedError,
+    UnavailableError,
 )
 from remora.reactor import Reactor, Timer
-from remora.workers.arena import Arena
+from remora.workers.arena import SharedMemory
 from remora.workers.contract import LIBRARY, ModelSource, ModelSpec, Result
 from remora.workers.jobs import MODELLESS, PendingJob, aligned
 from remora.workers.process import WorkerProcess
@@ -247,8 +248,13 @@ class Domain:
         if process is None or not process.ready or process.dead or process.leaving:
             return None
         spec, number = None, 0
-        if pending.arena is not None and not self._mapped(pending.arena):
-            return None
+        if pending.region is not None and pending.region.closed:
+            gone = UnavailableError("the connection whose memory the tensors lie in has ended")
+            pending.finish(gone, self._reactor.call_soon)
+            return b""
+        for memory in (pending.arena, pending.region):
+            if memory is not None and not self._mapped(memory):
+                return None
         if pending.job.operation not in MODELLESS:
             model = self._models.get(pending.job.model)
             if model is None or model.state != "loaded":
@@ -260,15 +266,15 @@ class Domain:
             pending.finish(error, self._reactor.call_soon)
             return b""
 
-    def _mapped(self, arena: Arena) -> bool:
+    def _mapped(self, arena: SharedMemory) -> bool:
         mapped = self._arenas.get(arena.id)
         if mapped is None and self.process is not None:
             self._arenas[arena.id] = False
             self.process.tell({"t": "arena", "id": arena.id, "size": arena.size}, os.dup(arena.fd))
         return bool(mapped)
 
-    def forget(self, arena: Arena) -> None:
-        """Have the worker unmap an arena, once nothing of it is in use there."""
+    def forget(self, arena: SharedMemory) -> None:
+        """Have the worker unmap an arena or a region, once nothing of it is in use there."""
         if self._arenas.pop(arena.id, None) is not None and self.process is not None:
             self.process.tell({"t": "drop", "id": arena.id})
 
@@ -307,16 +313,16 @@ class Domain:
         """Answer a worker that found the outputs to be larger than their block."""
         if pending.block is None:
             raise ProtocolError("the worker asked for memory that the job has no use for")
-        offset = length = 0
+        arena = offset = length = 0
         if size_bytes <= self._settings.output_bytes:
             try:
                 block = pending.grow(size_bytes)
             except ResourceExhaustedError:
                 pass  # the worker is told so, and fails the job with the size that it needs
             else:
-                offset, length = block.offset, block.size
+                arena, offset, length = block.arena.id, block.offset, block.size
         if self.process is not None:
-            self.process.tell({"t": "block", "id": pending.id, "off": offset, "len": length})
+            self.process.tell({"t": "block", "id": pending.id, "b": arena, "off": offset, "len": length})
 
     # -- the process --------------------------------------------------------------------------------------------------
 

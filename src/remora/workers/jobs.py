@@ -13,7 +13,7 @@ from math import prod
 from remora.errors import AbortedError, InvalidArgumentError, RemoraError
 from remora.reactor import Timer
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.arena import ALIGN, Arena, ArenaBlock
+from remora.workers.arena import ALIGN, Arena, ArenaBlock, Region, RegionBlock
 from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, labels_of, outputs_of
 
@@ -40,6 +40,7 @@ class PendingJob:
         "grace",
         "block",
         "form",
+        "region",
         "sized",
         "_copies",
         "_wanted",
@@ -55,7 +56,9 @@ class PendingJob:
         self.error: RemoraError | None = None
         self.timer: Timer | None = None
         self.grace: Timer | None = None
-        self.block: ArenaBlock | None = None
+        self.block: ArenaBlock | RegionBlock | None = None
+        #: The client's memory that its tensors lie in.
+        self.region = job.region if isinstance(job.region, Region) else None
         #: What the size of a model's outputs depends on, as a rule.
         self.form = (job.model, job.outputs, tuple(tensor.shape for tensor in job.inputs))
         #: True if the size of the outputs was known beforehand.
@@ -89,13 +92,21 @@ class PendingJob:
                 message.update(off=self._place(image), len=len(image), top=min(self.job.top, MOST_LABELS))
             else:
                 self._wanted = wanted_outputs(spec, self.job.outputs)
-                self.block = self.arena.allocate(guess_bytes or declared_bytes(self._wanted) or _GUESS_BYTES)
+                self.block = self._output_block(guess_bytes)
                 message["in"] = self._inputs()
-                message.update(out=self.job.outputs, off=self.block.offset, len=self.block.size)
+                message.update(out=self.job.outputs, b=self.block.arena.id, off=self.block.offset, len=self.block.size)
+                if self.region is not None:
+                    message.update(a=self.region.id, shared=True)
         data = encode(message)
         if len(data) > MAX_MESSAGE_BYTES:
             raise InvalidArgumentError("the request has too many tensors, or too long names", fix="send fewer at once")
         return data
+
+    def _output_block(self, guess_bytes: int) -> ArenaBlock | RegionBlock:
+        assert self.arena is not None
+        if self.region is not None and self.job.place[1]:
+            return RegionBlock(self.region, *self.job.place)
+        return self.arena.allocate(guess_bytes or declared_bytes(self._wanted) or _GUESS_BYTES)
 
     def _inputs(self) -> list[list[object]]:
         return [
@@ -105,7 +116,7 @@ class PendingJob:
 
     def _place(self, view: memoryview) -> int:
         assert self.arena is not None
-        offset = self.arena.locate(view)
+        offset = (self.region or self.arena).locate(view)
         if offset is None:
             copy = self.arena.allocate(len(view))
             self._copies.append(copy)
@@ -139,15 +150,16 @@ class PendingJob:
                 ),
                 run_us=run_us,
             )
-        if self.job.operation in ("infer", "compute", "exec") and self.block is not None and self.arena is not None:
-            memory, block = self.arena.memory, self.block
+        if self.job.operation in ("infer", "compute", "exec") and self.block is not None:
+            block, memory = self.block, self.block.arena.memory
             places = outputs_of(message.get("out"), self._wanted, block.offset, block.size)
             views = tuple(
-                TensorView(name, dtype, shape, memory[start : start + length])
+                TensorView(name, dtype, shape, memory[start : start + length], start)
                 for name, dtype, shape, start, length in places
             )
             self.block = None
-            return Result(outputs=views, run_us=run_us, release=block.release)
+            region = self.region if isinstance(block, RegionBlock) else None
+            return Result(outputs=views, run_us=run_us, release=block.release, region=region)
         return Result(run_us=run_us)
 
     def finish(self, outcome: Result | RemoraError, later: Callable[[Callable[[], None]], None] | None = None) -> None:

@@ -92,7 +92,7 @@ class Worker:
         elif kind == "block":
             event, place = self._needs.pop(message["id"], (None, []))
             if event is not None:
-                place[:] = [message["off"], message["len"]]
+                place[:] = [message["b"], message["off"], message["len"]]
                 event.set()
         elif kind == "arena":
             self._arenas[message["id"]] = mmap.mmap(fd, message["size"])
@@ -238,7 +238,7 @@ class Worker:
         self._jobs.send(encode({"t": "failed", "id": one.job["id"], "error": error_parts(error), "us": 0}))
 
     def _part(self, job: Message, wanted: Sequence[str], arrays: Sequence[Array]) -> Message:
-        places = self._store(job, self._arenas[job["a"]], Layout.of(wanted, arrays), arrays)
+        places = self._store(job, Layout.of(wanted, arrays), arrays)
         return {"t": "done", "id": job["id"], "out": places}
 
     def _guarded(self, job_id: int, compute: Callable[[], Message]) -> Message:
@@ -276,7 +276,7 @@ class Worker:
                 "id": job["id"],
                 "labels": classifier.classify(picture, job["top"], stop, self._limits),
             }
-        return {"t": "done", "id": job["id"], "out": self._infer(job, model, memory, stop)}
+        return {"t": "done", "id": job["id"], "out": self._infer(job, model, stop)}
 
     def _model(self, job: Message) -> LoadedModel:
         model = self._models.get(job["m"], (None, None))[0]
@@ -286,7 +286,12 @@ class Worker:
 
     def _feeds(self, job: Message) -> dict[str, Array]:
         memory = self._arenas[job["a"]]
-        return {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
+        feeds = {name: _array(memory, dtype, shape, offset) for name, dtype, shape, offset, _size in job["in"]}
+        if job.get("shared"):
+            # A client that changes an index after it was checked must not reach what lies beyond the array.
+            exposed = self._model(job).exposure.inputs
+            return {name: array if name in exposed else array.copy() for name, array in feeds.items()}
+        return feeds
 
     def _calculate(self, job: Message, stop: Stop) -> list[list[object]]:
         memory = self._arenas[job["a"]]
@@ -316,27 +321,28 @@ class Worker:
             places.append([spec.name, spec.dtype, [len(result)], start, len(result)])
         return places
 
-    def _infer(self, job: Message, model: LoadedModel, memory: mmap.mmap, stop: Stop) -> list[list[object]]:
+    def _infer(self, job: Message, model: LoadedModel, stop: Stop) -> list[list[object]]:
         feeds = self._feeds(job)
         wanted, layout = self._plan(job, model, feeds)
         if layout is not None and layout.total >= _BIND_BYTES:
-            start = self._place(job, layout.total)
-            into = [
-                _array(memory, spec.dtype, spec.shape, start + offset)
-                for spec, offset in zip(layout.specs, layout.offsets, strict=True)
-            ]
-            model.run(feeds, wanted, stop, into)
-            return layout.places(start)
+            target, start = self._place(job, layout.total)
+            if not job.get("shared") or model.exposure.outputs.issuperset(wanted):
+                into = [
+                    _array(target, spec.dtype, spec.shape, start + offset)
+                    for spec, offset in zip(layout.specs, layout.offsets, strict=True)
+                ]
+                model.run(feeds, wanted, stop, into)
+                return layout.places(start)
         computed = model.run(feeds, wanted, stop)
         if layout is None or not layout.fits(computed):
             layout = Layout.of(wanted, computed)
-        return self._store(job, memory, layout, computed)
+        return self._store(job, layout, computed)
 
-    def _store(self, job: Message, memory: mmap.mmap, layout: Layout, computed: Sequence[Array]) -> list[list[object]]:
+    def _store(self, job: Message, layout: Layout, computed: Sequence[Array]) -> list[list[object]]:
         """Copy outputs into the job's block; returns where they lie."""
-        start = self._place(job, layout.total)
+        target, start = self._place(job, layout.total)
         for spec, offset, array in zip(layout.specs, layout.offsets, computed, strict=True):
-            _array(memory, spec.dtype, spec.shape, start + offset)[...] = array
+            _array(target, spec.dtype, spec.shape, start + offset)[...] = array
         return layout.places(start)
 
     def _plan(
@@ -355,20 +361,21 @@ class Worker:
             self._plans[key] = known
         return known
 
-    def _place(self, job: Message, total: int) -> int:
+    def _place(self, job: Message, total: int) -> tuple[mmap.mmap, int]:
         """Return where the outputs may lie: the job's block, or a larger one that the agent is asked for."""
         if total <= job["len"]:
-            return int(job["off"])
-        event, place = threading.Event(), [0, 0]
+            return self._arenas[job["b"]], job["off"]
+        event, place = threading.Event(), [0, 0, 0]
         self._needs[job["id"]] = event, place
         self._jobs.send(encode({"t": "need", "id": job["id"], "len": total}))
         event.wait()
-        start, room = place
+        arena, start, room = place
         if room < total:
             raise ResourceExhaustedError(
                 f"the outputs have {total} bytes, more than one job may return now", fix="ask for fewer outputs"
             )
-        return start
+        job["b"], job["off"], job["len"] = place
+        return self._arenas[arena], start
 
 
 def _array(memory: mmap.mmap, dtype: str, shape: Sequence[int], offset: int) -> Array:

@@ -14,9 +14,10 @@ from itertools import count
 from remora.errors import CancelledError, InvalidArgumentError, NotFoundError, RemoraError, UnavailableError
 from remora.reactor import Reactor, Timer
 from remora.workers import launcher
-from remora.workers.arena import Arena, ArenaBlock
+from remora.workers.arena import Arena, ArenaBlock, Region
 from remora.workers.cells import Cells
 from remora.workers.contract import LIBRARY, SHARED, Job, ModelSource, WorkerInfo, library_domain
+from remora.workers.contract import Region as SharedRegion
 from remora.workers.domain import Domain, LoadDone
 from remora.workers.jobs import Done, PendingJob
 from remora.workers.process import WorkerProcess, memory_bytes
@@ -71,6 +72,15 @@ class WorkerPool:
 
     def allocate(self, tenant: str, size_bytes: int) -> ArenaBlock:
         return self._arena(tenant).allocate(size_bytes)
+
+    def share(self, tenant: str, size_bytes: int) -> Region:
+        return Region(tenant, size_bytes)
+
+    def unshare(self, region: SharedRegion) -> None:
+        assert isinstance(region, Region)  # made above
+        for domain in self._domains.values():
+            domain.forget(region)
+        region.close()
 
     def load(self, domain: str, source: ModelSource, done: LoadDone) -> None:
         if source.format == LIBRARY and domain not in self._domains:

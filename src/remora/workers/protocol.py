@@ -7,9 +7,10 @@ thread, so there is no dispatcher between), and a cancel still arrives when all 
 control, agent -> worker       assign{shared, memory, threads, device}  arena{id, size}+fd  drop{id}
                                load{m, key, format, digest, task, manifest}+fd  unload{m}
                                load{m, key, format, digests}              a library: its files are at library_path(n)
-                               cancel{id}  block{id, off, len}            answer to `need`; len 0: refused
+                               cancel{id}  block{id, b, off, len}         answer to `need`; len 0: refused
 control, worker -> agent       hello{}  arena{id}  loaded{m, inputs, outputs, device, mem}  refused{m, error}
-jobs, agent -> worker          noop{id}  infer{id, m, a, in, out, off, len}  classify{id, m, a, off, len, top}
+jobs, agent -> worker          noop{id}  infer{id, m, a, in, b, out, off, len, shared}
+                               classify{id, m, a, off, len, top}
                                compute{id, f, n, a, in, out, off}         function, numbers; `out` are specs
                                exec{id, m, f, a, in, out, off}            symbol; the last of `in` are `out` before
 jobs, worker -> agent          done{id, us, out | labels}  failed{id, us, error}  need{id, len}
@@ -18,6 +19,7 @@ A batch is one datagram: `PACK`, and each job's datagram with its length before 
 same way, except those of members that are given up, which come as soon as they are. `us` is a member's part of the run,
 `all` the whole run.
 
+`a` is the arena of the inputs and `b` that of the outputs; `shared`: the client may write to the inputs meanwhile.
 `m` numbers a load, so that an answer to an earlier one is not taken for this one's. A tensor is [name, dtype, shape,
 offset, length]; a spec [name, dtype, shape]; an error [code, message, fix]. The worker of a tenant may be hostile:
 whatever it sends is checked here, and what does not fit is a `ProtocolError`, which costs it its life.

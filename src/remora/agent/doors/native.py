@@ -16,10 +16,13 @@ from remora.agent.doors.calls import as_remora_error, run_for
 from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
+from remora.agent.sharing import region_of
 from remora.errors import FailedPreconditionError, InvalidArgumentError, RemoraError, UnimplementedError
 from remora.wire import remora_v1 as v1
 from remora.wire.protobuf import Limits, Message
 from remora.wire.ttrpc.calls import Call
+from remora.wire.ttrpc.reactor import ServerConnection
+from remora.workers.contract import Region, TensorView
 
 NAME = "native"
 #: More elements than any valid request has: 256 tensors of 16 dimensions.
@@ -68,6 +71,25 @@ def _timing(answer: Answer) -> v1.Timing:
     return v1.Timing(queue_us=answer.queue_us, run_us=answer.result.run_us)
 
 
+def _tensor(region: Region | None, given: v1.Tensor) -> TensorView:
+    if region is None:
+        return operations.tensor(given.name, given.dtype, given.shape, given.data)
+    if given.data:
+        raise InvalidArgumentError(
+            f"tensor {given.name!r} has bytes in the message, and the message names a region", fix="use one of the two"
+        )
+    return operations.shared_tensor(region, given.name, given.dtype, given.shape, given.offset)
+
+
+def _tensor_message(output: TensorView, *, in_region: bool) -> v1.Tensor:
+    message = v1.Tensor(name=output.name, dtype=output.dtype, shape=list(output.shape))
+    if in_region:
+        message.offset = output.offset
+    else:
+        message.data = output.data
+    return message
+
+
 class NativeDoor:
     """Answers the calls of `remora.v1.Accelerator`."""
 
@@ -103,6 +125,9 @@ class NativeDoor:
                 return
             if call.method == "Hello":
                 self._hello(peer, call, v1.HelloRequest.decode(call.payload, limits=_DECODE_LIMITS))
+                return
+            if call.method == "Share":
+                self._share(peer, call, v1.ShareRequest.decode(call.payload, limits=_DECODE_LIMITS))
                 return
             entry = self._methods.get(call.method)
             if entry is None:
@@ -206,8 +231,21 @@ class NativeDoor:
             operations=[name for name in operations.NAMES if terms.allows("operations", name)],
             agent=f"remora {__version__}",
             version=v1.VERSION,
+            share_bytes=self._core.sharing.offered_bytes(peer),
         )
         self._respond(peer, call, response)
+
+    def _share(self, peer: Peer, call: Call, request: v1.ShareRequest) -> None:
+        """Answer with a descriptor, on a connection that carries nothing else: no other read can lose it."""
+        session = self._core.sessions.resume(peer.identity, request.token)
+        user = session.peer if session is not None else None
+        if not isinstance(user, Peer) or not isinstance(peer.connection, ServerConnection) or not peer.local:
+            raise FailedPreconditionError(
+                "Share with a token of no session that has a connection", fix="open a connection with Hello first"
+            )
+        number, region = self._core.sharing.share(user, request.size_bytes)
+        peer.connection.pass_fd(region.fd)
+        self._respond(peer, call, v1.ShareResponse(region=number, size_bytes=region.size))
 
     def _close(self, peer: Peer, session: Session, call: Call, _request: v1.Empty) -> None:
         self._respond(peer, call, _EMPTY)
@@ -269,20 +307,27 @@ class NativeDoor:
 
     def _infer(self, peer: Peer, session: Session, call: Call, request: v1.InferRequest) -> None:
         operations.check_tensor_count(len(request.inputs))
+        region, place, number = None, (0, 0), request.region
+        if number:
+            region = region_of(peer, number)
+            place = request.output_offset, request.output_bytes
+            operations.shared_part(region, *place, "the place for outputs")
         operation = operations.infer(
             request.model,
-            [operations.tensor(given.name, given.dtype, given.shape, given.data) for given in request.inputs],
+            [_tensor(region, given) for given in request.inputs],
             request.outputs,
             deadline_s=self._core.deadline_s(call.deadline_s),
             request_id=request.request_id,
+            region=region,
+            place=place,
         )
 
         def reply(answer: Answer) -> None:
-            outputs = [
-                v1.Tensor(name=out.name, dtype=out.dtype, shape=list(out.shape), data=out.data)
-                for out in answer.result.outputs
-            ]
-            self._respond(peer, call, v1.InferResponse(outputs=outputs, timing=_timing(answer)), answer.drop)
+            # A request that was sent again may get the answer of its first run, which lies in other memory.
+            here = number if region is not None and answer.result.region is region else 0
+            outputs = [_tensor_message(out, in_region=here > 0) for out in answer.result.outputs]
+            response = v1.InferResponse(outputs=outputs, timing=_timing(answer), region=here)
+            self._respond(peer, call, response, answer.drop)
 
         self._run(peer, session, call, operation, reply)
 

@@ -7,6 +7,7 @@ answer makes no progress for too long. An idle connection owns no buffer.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import deque
 
@@ -70,6 +71,7 @@ class ServerConnection:
         "_frame_timer",
         "_send_timer",
         "_deadline_timer",
+        "_passed_fd",
         "__weakref__",
     )
 
@@ -109,6 +111,7 @@ class ServerConnection:
         self._frame_timer: Optional[Timer] = None
         self._send_timer: Optional[Timer] = None
         self._deadline_timer: Optional[Timer] = None
+        self._passed_fd = -1
         reactor.register(self._fd, READ, self._ready)
 
     @property
@@ -140,6 +143,9 @@ class ServerConnection:
         self.reactor.unregister(self._fd)
         self.sock.close()
         self._decoder.close()
+        if self._passed_fd >= 0:
+            os.close(self._passed_fd)
+            self._passed_fd = -1
         for timer in (self._frame_timer, self._send_timer, self._deadline_timer):
             if timer is not None:
                 timer.cancel()
@@ -193,6 +199,10 @@ class ServerConnection:
     def report(self, error: BaseException) -> None:
         """(`calls.Transport`)"""
         self.reactor.on_error(error)
+
+    def pass_fd(self, fd: int) -> None:
+        """Send a copy of `fd` along with the next frame (Unix sockets only)."""
+        self._passed_fd = os.dup(fd)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -258,6 +268,8 @@ class ServerConnection:
     def _send(self, pieces: List[Piece]) -> int:
         """Return how many bytes the socket took; -1 if it is broken (the connection is closed then)."""
         try:
+            if self._passed_fd >= 0:
+                return self._send_fd(pieces)
             if len(pieces) == 1:
                 return self.sock.send(pieces[0])
             return self.sock.sendmsg(pieces[:_MAX_PIECES])
@@ -267,6 +279,12 @@ class ServerConnection:
             # Not from here: the caller may be in the middle of a frame's handling.
             self.reactor.call_soon(self.close)
             return -1
+
+    def _send_fd(self, pieces: List[Piece]) -> int:
+        sent = socket.send_fds(self.sock, pieces[:_MAX_PIECES], [self._passed_fd])
+        os.close(self._passed_fd)
+        self._passed_fd = -1
+        return sent
 
     def _flush(self) -> None:
         progress = False
