@@ -5,8 +5,8 @@ process, no new socket, no ptrace, io_uring, bpf, mount or namespace: those are 
 reach for in the kernel.
 
 Where models run, `openat` stays, as their runtimes look at the processor and the read-only binds; there is nothing else
-to open. A worker for a tenant's own library has two lists: `loading` is the same, and lets a filter be added;
-`library` follows once the library is loaded, and opens, looks up and lists nothing.
+to open. A worker for a tenant's own library has two lists: `loading` opens files and lets a filter be added; `library`
+follows once the library is loaded, and opens, looks up and lists nothing.
 
 `clone` passes only for threads. `clone3` keeps its flags in memory, where a filter cannot look: it gets ENOSYS, upon
 which glibc uses `clone`. The filter is classic BPF, 8 bytes an instruction (linux/filter.h, linux/seccomp.h).
@@ -55,11 +55,12 @@ _AARCH64 = {
 }  # fmt: skip
 #: machine -> (AUDIT_ARCH, allowed, clone, clone3, seccomp)
 MACHINES = {"x86_64": (0xC000003E, _X86_64, 56, 435, 317), "aarch64": (0xC00000B7, _AARCH64, 220, 435, 277)}
-#: What a loaded library has no use for: files, and what would tell it about them.
-_FILES = frozenset(
-    ("openat", "access", "readlink", "readlinkat", "newfstatat", "statx", "getdents64", "getcwd", "ioctl", "dup",
-     "pipe2", "pread64", "lseek", "getsockname", "getsockopt", "mincore", "prlimit64", "sched_setaffinity", "uname")
+#: What a library's worker needs until the library is loaded, and what it never needs.
+_UNTIL_LOADED = frozenset(
+    ("openat", "access", "readlink", "readlinkat", "newfstatat", "statx", "getdents64", "getcwd", "pread64", "lseek",
+     "getsockname", "getsockopt", "prlimit64", "uname")
 )  # fmt: skip
+_FOR_MODELS = frozenset(("ioctl", "dup", "pipe2", "mincore", "sched_setaffinity"))
 LISTS = ("models", "loading", "library")
 
 
@@ -70,9 +71,11 @@ def allowed(machine: str, kind: str) -> dict[str, int]:
         KeyError: there is no list for that machine.
     """
     _arch, names, _clone, _clone3, seccomp = MACHINES[machine]
-    if kind == "library":
-        return {name: number for name, number in names.items() if name not in _FILES}
-    return names if kind == "models" else {**names, "seccomp": seccomp}
+    if kind == "models":
+        return names
+    left_out = _FOR_MODELS | _UNTIL_LOADED if kind == "library" else _FOR_MODELS
+    kept = {name: number for name, number in names.items() if name not in left_out}
+    return kept if kind == "library" else {**kept, "seccomp": seccomp}
 
 
 def program(machine: str, kind: str = "models") -> bytes:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from c_library import CLibrary, compile_library
+from library_rig import LibraryRig, library_rig, source_of
 from remora.errors import (
     AbortedError,
     DataLossError,
@@ -20,20 +21,8 @@ from remora.errors import (
     RemoraError,
     UnimplementedError,
 )
-from remora.reactor import Reactor
 from remora.workers import cgroups
-from remora.workers.contract import (
-    LIBRARY,
-    Job,
-    ModelSource,
-    ModelSpec,
-    Result,
-    TensorSpec,
-    TensorView,
-    library_domain,
-)
-from remora.workers.pool import WorkerPool
-from remora.workers.settings import WorkerSettings
+from remora.workers.contract import LIBRARY, ModelSource, ModelSpec
 
 SOURCE = """
 #include <pthread.h>
@@ -65,73 +54,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> CLibrary:
     return compile_library(tmp_path_factory.mktemp("c"), "test", SOURCE)
 
 
-def source_of(*libraries: CLibrary) -> ModelSource:
-    main = libraries[-1]
-    needs = tuple((needed.digest, needed.path) for needed in libraries[:-1])
-    return ModelSource(main.digest, main.digest, main.path, LIBRARY, needs=needs)
-
-
-class Rig:
-    """A pool on a reactor, with calls that wait."""
-
-    def __init__(self, **settings: object) -> None:
-        self.errors: list[BaseException] = []
-        self.reactor = Reactor(self.errors.append)
-        values = {"device": "cpu", "standby": 0, "backoff_first_s": 0.01, "stop_grace_s": 0.1} | settings
-        self.pool = WorkerPool(self.reactor, WorkerSettings(**values))  # type: ignore[arg-type]  # checked there
-        self.domain = ""
-
-    def until(self, condition: Callable[[], object]) -> None:
-        end_s = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < end_s, "it did not happen in time"
-            self.reactor.run_once(0.05)
-        assert self.errors == []
-
-    def load(self, source: ModelSource, tenant: str = "alice") -> ModelSpec | RemoraError:
-        box: list[ModelSpec | RemoraError] = []
-        self.domain = library_domain(tenant, source.key)
-        self.pool.load(self.domain, source, box.append)
-        self.until(lambda: box)
-        return box[0]
-
-    def call(
-        self,
-        key: str,
-        symbol: str,
-        read: Sequence[bytes] = (),
-        write: Sequence[bytes] = (),
-        *,
-        name: str = "0:0",
-        seconds: float | None = None,
-    ) -> list[bytes] | RemoraError:
-        box: list[Result | RemoraError] = []
-        values = tuple(TensorView(name, "uint8", (len(data),), memoryview(data)) for data in (*read, *write))
-        results = tuple(TensorSpec(name, "uint8", (len(data),)) for data in write)
-        deadline_s = time.monotonic() + seconds if seconds is not None else None
-        job = Job("exec", self.domain, "alice", key, values, function=symbol, results=results, deadline_s=deadline_s)
-        self.pool.submit(job, box.append)
-        self.until(lambda: box)
-        if isinstance(box[0], RemoraError):
-            return box[0]
-        found = [bytes(output.data) for output in box[0].outputs]
-        box[0].release()
-        return found
-
-
 @pytest.fixture
-def rig() -> Iterator[Rig]:
-    made = Rig()
-    yield made
-    made.pool.close()
-    made.reactor.close()
+def rig() -> Iterator[LibraryRig]:
+    with library_rig() as made:
+        yield made
 
 
 def number(value: int) -> bytes:
     return value.to_bytes(4, "little", signed=True)
 
 
-def test_a_function_gets_its_arguments_and_writes_its_results(rig: Rig, library: CLibrary) -> None:
+def test_a_function_gets_its_arguments_and_writes_its_results(rig: LibraryRig, library: CLibrary) -> None:
     key = library.digest
     assert isinstance(rig.load(source_of(library)), ModelSpec)
     assert rig.call(key, "add", [number(40), number(2)], [bytes(4)]) == [number(42)]
@@ -156,7 +89,7 @@ def test_a_function_gets_its_arguments_and_writes_its_results(rig: Rig, library:
     ],
 )
 def test_what_a_function_does_wrong_is_said_and_its_worker_lives(
-    rig: Rig, library: CLibrary, symbol: str, error: type[RemoraError], says: str
+    rig: LibraryRig, library: CLibrary, symbol: str, error: type[RemoraError], says: str
 ) -> None:
     rig.load(source_of(library))
     outcome = rig.call(library.digest, symbol, [], [bytes(4)])
@@ -166,7 +99,7 @@ def test_what_a_function_does_wrong_is_said_and_its_worker_lives(
 
 
 @pytest.mark.parametrize(("symbol", "says"), [("crashes", "SIGSEGV"), ("leaves", "status 3"), ("aborts", "SIG")])
-def test_a_crash_ends_one_worker_and_one_request(rig: Rig, library: CLibrary, symbol: str, says: str) -> None:
+def test_a_crash_ends_one_worker_and_one_request(rig: LibraryRig, library: CLibrary, symbol: str, says: str) -> None:
     rig.load(source_of(library))
     outcome = rig.call(library.digest, symbol, [], [bytes(4)])
     assert type(outcome) is AbortedError
@@ -176,7 +109,7 @@ def test_a_crash_ends_one_worker_and_one_request(rig: Rig, library: CLibrary, sy
 
 
 @pytest.mark.parametrize("symbol", ["sleeps", "spins"])
-def test_a_function_that_does_not_return_ends_at_the_deadline(rig: Rig, library: CLibrary, symbol: str) -> None:
+def test_a_function_that_does_not_return_ends_at_the_deadline(rig: LibraryRig, library: CLibrary, symbol: str) -> None:
     rig.load(source_of(library))
     began_s = time.monotonic()
     outcome = rig.call(library.digest, symbol, seconds=0.2)
@@ -186,19 +119,15 @@ def test_a_function_that_does_not_return_ends_at_the_deadline(rig: Rig, library:
 
 
 def test_memory_ends_at_the_bound(library: CLibrary) -> None:
-    rig = Rig(tenant_memory_bytes=1600 << 20)
-    try:
+    with library_rig(tenant_memory_bytes=1600 << 20) as rig:
         rig.load(source_of(library))
         outcome = rig.call(library.digest, "eats")
         assert isinstance(outcome, InternalError | AbortedError)  # malloc fails, or the kernel ends the worker
         assert "returned 12" in str(outcome) or "memory" in str(outcome)
         assert rig.call(library.digest, "counts", [], [bytes(4)]) == [number(1)]
-    finally:
-        rig.pool.close()
-        rig.reactor.close()
 
 
-def test_what_a_library_needs_is_loaded_before_it(rig: Rig, tmp_path: Path) -> None:
+def test_what_a_library_needs_is_loaded_before_it(rig: LibraryRig, tmp_path: Path) -> None:
     needed = compile_library(tmp_path, "needed", "int answer(void) { return 42; }")
     user = compile_library(tmp_path, "user", "int answer(void); F(f) { *(char *)w[0].buf = answer(); return 0; }")
     refused = rig.load(source_of(user))
@@ -209,7 +138,7 @@ def test_what_a_library_needs_is_loaded_before_it(rig: Rig, tmp_path: Path) -> N
     assert rig.call(user.digest, "f", [], [b"0"]) == [b"*"]
 
 
-def test_a_file_that_is_no_library_is_refused(rig: Rig, tmp_path: Path) -> None:
+def test_a_file_that_is_no_library_is_refused(rig: LibraryRig, tmp_path: Path) -> None:
     (tmp_path / "x.so").write_bytes(b"\x7fELF and nothing else")
     outcome = rig.load(source_of(CLibrary(tmp_path / "x.so")))
     assert type(outcome) is InvalidArgumentError
@@ -217,15 +146,14 @@ def test_a_file_that_is_no_library_is_refused(rig: Rig, tmp_path: Path) -> None:
     assert str(tmp_path) not in str(outcome)
 
 
-def test_bytes_with_another_digest_are_not_loaded(rig: Rig, library: CLibrary) -> None:
+def test_bytes_with_another_digest_are_not_loaded(rig: LibraryRig, library: CLibrary) -> None:
     wrong = f"sha256:{'0' * 64}"
     outcome = rig.load(ModelSource(wrong, wrong, library.path, LIBRARY))
     assert type(outcome) is DataLossError
 
 
 def test_a_constructor_that_hangs_or_crashes_is_given_up(tmp_path: Path) -> None:
-    rig = Rig(start_s=3.0)
-    try:
+    with library_rig(start_s=3.0) as rig:
         for name, code in (("hang", "for (;;) pause();"), ("crash", "*(volatile int *)8 = 1;")):
             made = compile_library(
                 tmp_path, name, f"#include <unistd.h>\n__attribute__((constructor)) void f(void) {{ {code} }}"
@@ -234,21 +162,14 @@ def test_a_constructor_that_hangs_or_crashes_is_given_up(tmp_path: Path) -> None
             assert type(outcome) is AbortedError, outcome
             assert "while it loaded it" in str(outcome)
             rig.pool.release_domain(rig.domain)
-    finally:
-        rig.pool.close()
-        rig.reactor.close()
 
 
 def test_libraries_do_not_run_unconfined(library: CLibrary) -> None:
-    rig = Rig(confinement="none")
-    try:
+    with library_rig(confinement="none") as rig:
         assert type(rig.load(source_of(library))) is FailedPreconditionError
-    finally:
-        rig.pool.close()
-        rig.reactor.close()
 
 
-def test_a_worker_has_its_bounds_and_nothing_is_left_of_them(rig: Rig, library: CLibrary) -> None:
+def test_a_worker_has_its_bounds_and_nothing_is_left_of_them(rig: LibraryRig, library: CLibrary) -> None:
     rig.load(source_of(library))
     (info,) = rig.pool.workers()
     groups = cgroups.own_directories(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
