@@ -109,6 +109,12 @@ class AgentProcess:
             process.wait()
             pytest.fail(f"the agent did not end on {signal.Signals(signum).name}")
 
+    def release(self) -> subprocess.Popen[bytes]:
+        """Return the process, which is the caller's from now on."""
+        process, self._process = self._process, None
+        assert process is not None
+        return process
+
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
 

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from remora.agent.addresses import MAX_SOCKET_PATH
+from remora.agent.addresses import MAX_SOCKET_PATH, parse_address
 from remora.agent.identity import Identity, check_private_directory, of_sandbox
+from remora.agent.inherited import Inherited
 from remora.agent.journal import Journal
-from remora.agent.listeners import Listener, bind_unix
+from remora.agent.listeners import Listener
 from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError
 from remora.reactor import Reactor
 from remora.wire.remora_v1 import OIP_PORT, PORT
@@ -60,6 +61,7 @@ class Attachments:
         journal: Journal,
         on_connection: Callable[[Attachment, socket.socket], None],
         on_detached: Callable[[Identity, bool], None],
+        inherited: Inherited,
     ) -> None:
         """
         Args:
@@ -71,6 +73,7 @@ class Attachments:
         #: Takes connections to the sandboxes' Open Inference Protocol socket. Without it they have none.
         self.on_oip: Callable[[Attachment, socket.socket], None] | None = None
         self._on_detached = on_detached
+        self._inherited = inherited
         self._by_sandbox: dict[str, Attachment] = {}
         self._by_cid: dict[int, Attachment] = {}
 
@@ -79,6 +82,9 @@ class Attachments:
 
     def all(self) -> list[Attachment]:
         return list(self._by_sandbox.values())
+
+    def listeners(self) -> list[Listener]:
+        return [listener for attachment in self._by_sandbox.values() for listener in attachment.listeners]
 
     def of_cid(self, cid: int) -> Attachment | None:
         """Return the sandbox whose guest has a vsock CID."""
@@ -177,9 +183,11 @@ class Attachments:
             raise InvalidArgumentError(
                 f"the socket path {path} is longer than {MAX_SOCKET_PATH} bytes", fix="use a shorter directory"
             )
-        sock = bind_unix(path, _MODE)
+        address = parse_address(f"unix://{path}")
+        sock, kept = self._inherited.bind(address, _MODE)
+        own = None if kept else path
         attachment.listeners.append(
-            Listener(self._reactor, sock, lambda connection: serve(attachment, connection), path)
+            Listener(self._reactor, sock, lambda connection: serve(attachment, connection), own, address=address.text)
         )
 
     def detach(self, sandbox: str, keep_sessions: bool, done: Callable[[RemoraError | None], None]) -> None:

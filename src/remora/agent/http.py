@@ -85,21 +85,15 @@ class _Connection:
 
 
 class HttpServer:
-    """Serves pages on a listening socket that it owns."""
+    """Serves pages on connections."""
 
-    def __init__(self, reactor: Reactor, listener: socket.socket, pages: Mapping[str, Page]) -> None:
+    def __init__(self, reactor: Reactor, pages: Mapping[str, Page]) -> None:
         self.reactor = reactor
         self.pages = pages
         self.connections: set[_Connection] = set()
-        self._listener = listener
-        listener.setblocking(False)
-        reactor.register(listener.fileno(), READ, self._accept)
 
-    def _accept(self, _events: int) -> None:
-        try:
-            sock, _peer = self._listener.accept()
-        except OSError:
-            return  # gone before it was accepted
+    def serve(self, sock: socket.socket) -> None:
+        """Take over a connection."""
         if len(self.connections) >= MAX_CONNECTIONS:
             sock.close()
             return
@@ -109,5 +103,3 @@ class HttpServer:
     def close(self) -> None:
         for connection in list(self.connections):
             connection.close()
-        self.reactor.unregister(self._listener.fileno())
-        self._listener.close()

@@ -6,12 +6,14 @@ import fcntl
 import os
 import resource
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 
 from remora.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, PermissionDeniedError
 
 LOCK_NAME = "agent.pid"
+_LOCK_LOOK_S = 0.005
 
 
 def private_directory(path: Path, what: str) -> Path:
@@ -37,10 +39,15 @@ def private_directory(path: Path, what: str) -> Path:
 
 
 class StateLock:
-    """The state directory, taken for this process. The lock ends with the process, however it ends."""
+    """The state directory, taken for this process. The lock ends with the process, however it ends.
 
-    def __init__(self, state: Path) -> None:
+    Args:
+        wait_s: How long to wait for an agent that is about to end.
+    """
+
+    def __init__(self, state: Path, wait_s: float = 0.0) -> None:
         self._path = state / LOCK_NAME
+        self._wait_s = wait_s
         self._fd = -1
 
     def __enter__(self) -> StateLock:
@@ -49,8 +56,16 @@ class StateLock:
             AlreadyExistsError: another agent uses the directory.
         """
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        until_s = time.monotonic() + self._wait_s
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until_s:
+                        raise
+                    time.sleep(_LOCK_LOOK_S)
         except BlockingIOError as error:
             holder = os.read(fd, 32).decode("ascii", "replace").strip()
             os.close(fd)

@@ -18,7 +18,8 @@ from remora.agent.addresses import Address, family
 from remora.errors import AlreadyExistsError, FailedPreconditionError, PermissionDeniedError, RemoraError
 from remora.reactor import READ, Reactor
 
-_BACKLOG = 1024
+#: Connections that wait to be accepted; the kernel lowers it to net.core.somaxconn (4096). During a handover all wait.
+_BACKLOG = 4096
 #: How long accepting pauses when the process has no descriptor left.
 _PAUSE_S = 0.1
 #: Connections accepted in one go, so that a flood of them does not starve those that are there.
@@ -81,6 +82,19 @@ def bind_unix(path: Path, mode: int) -> socket.socket:
         raise FailedPreconditionError(f"the socket {path} cannot be made: {error.strerror}") from error
     sock.listen(_BACKLOG)
     sock.setblocking(False)
+    return sock
+
+
+def bind_private(path: Path) -> socket.socket:
+    """Listen for messages of this user's and root's processes, in a directory of theirs."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(os.fspath(path))
+        sock.listen(1)
+    except OSError as error:
+        sock.close()
+        raise FailedPreconditionError(f"the socket {path} cannot be made: {error.strerror}") from error
     return sock
 
 
@@ -167,7 +181,13 @@ def bind_tcp(address: Address) -> socket.socket:
 
 
 class Listener:
-    """An accept loop on the reactor. Owns its socket and, for a Unix socket, the file."""
+    """An accept loop on the reactor. Owns its socket and, for a Unix socket, the file.
+
+    Args:
+        path: The socket's file, removed at the end; None to leave it.
+        address: How a successor asks for this socket (`inherited`).
+        kept: Somebody else keeps the socket open when this process ends.
+    """
 
     def __init__(
         self,
@@ -175,18 +195,25 @@ class Listener:
         sock: socket.socket,
         on_connection: Callable[[socket.socket], None],
         path: Path | None = None,
+        *,
+        address: str = "",
+        kept: bool = False,
     ) -> None:
+        self.address = address
+        self.kept = kept
+        #: A successor listens on it: the file stays.
+        self.handed_over = False
         self._reactor = reactor
         self._sock = sock
         self._on_connection = on_connection
         self._path = path
         self._inode = path.lstat().st_ino if path is not None else 0
-        self._closed = False
+        self._closed = self._paused = self._quiet = False
         reactor.register(sock.fileno(), READ, self._accept)
 
     def _accept(self, _events: int) -> None:
         for _ in range(_BATCH):
-            if self._closed:
+            if self._closed or self._quiet:
                 return
             try:
                 sock, _peer = self._sock.accept()
@@ -208,11 +235,28 @@ class Listener:
 
     def _pause(self) -> None:
         """No descriptor is left: whoever waits to be accepted waits on, and the loop does not spin."""
+        self._paused = True
         self._reactor.unregister(self._sock.fileno())
         self._reactor.call_later(_PAUSE_S, self._resume)
 
     def _resume(self) -> None:
-        if not self._closed:
+        self._paused = False
+        if not self._closed and not self._quiet:
+            self._reactor.register(self._sock.fileno(), READ, self._accept)
+
+    @property
+    def sock(self) -> socket.socket:
+        """The listening socket, to be handed over."""
+        return self._sock
+
+    def set_quiet(self, quiet: bool) -> None:
+        """Leave new connections in the kernel's queue, for whoever else has this socket; or take them again."""
+        if quiet == self._quiet or self._closed:
+            return
+        self._quiet = quiet
+        if quiet:
+            self._reactor.unregister(self._sock.fileno())
+        elif not self._paused:
             self._reactor.register(self._sock.fileno(), READ, self._accept)
 
     @property
@@ -223,13 +267,13 @@ class Listener:
         return int(self._sock.getsockname()[1])
 
     def close(self) -> None:
-        """Stop listening and remove the socket file, if it still is ours."""
+        """Stop listening and remove the socket file, if it still is ours and nobody else listens on it."""
         if self._closed:
             return
         self._closed = True
         self._reactor.unregister(self._sock.fileno())
         self._sock.close()
-        if self._path is not None:
+        if self._path is not None and not self.handed_over:
             with suppress(FileNotFoundError, NotADirectoryError):
                 if self._path.lstat().st_ino == self._inode:
                     self._path.unlink()

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +14,8 @@ from remora import __version__
 from remora.agent import lifecycle
 from remora.agent.addresses import Address
 from remora.agent.core import Core
+from remora.agent.handover import ENDING_S, Predecessor
+from remora.agent.inherited import Inherited
 from remora.agent.logs import Log
 from remora.agent.models import CatalogueEntry
 from remora.agent.otlp import Exporter, TraceOptions
@@ -41,6 +43,10 @@ class Options:
     config: Path | None = None
     #: Where traces go; None: nowhere, and requests pay nothing for it.
     traces: TraceOptions | None = None
+    #: Succeed the agent that runs, if one does.
+    takeover: bool = False
+    #: Listening sockets from whoever started this process.
+    inherited: Inherited = field(default_factory=Inherited)
 
 
 #: Descriptors for everything but callers' connections: files, workers, listeners, control, metrics.
@@ -80,7 +86,7 @@ def _end(agent: Agent, reactor: Reactor, timeout_s: float) -> None:
     if agent.draining.begun:
         reactor.stop()
     else:
-        agent.draining.begin(timeout_s)
+        agent.drain(timeout_s)
 
 
 def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers: MakeWorkers) -> int:
@@ -94,7 +100,14 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
     lifecycle.private_directory(options.control.parent, "run-time directory")
     policy = _within_descriptors(options.policy)
     with ExitStack() as stack:
-        stack.enter_context(lifecycle.StateLock(options.state))
+        predecessor = Predecessor.find(options.control, options.state) if options.takeover else None
+        inherited = options.inherited
+        if predecessor is None:
+            stack.enter_context(lifecycle.StateLock(options.state))
+        else:
+            stack.callback(predecessor.close)
+            inherited = predecessor.sockets()
+        stack.callback(inherited.close)
         log = Log(json_lines=options.json_log)
         stack.callback(log.close)
         reactor = Reactor()
@@ -105,7 +118,13 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         # Workers before sockets: whoever connects is served, and a node that cannot confine says so at once.
         workers = make_workers(reactor, policy.workers)
         stack.callback(workers.close)
-        agent = Agent(reactor, options.state, policy, workers, catalogue, log, options.control.parent / "pods")
+        if predecessor is not None:
+            given_up = predecessor.retire(policy.limits.drain_timeout_s)
+            stack.enter_context(lifecycle.StateLock(options.state, wait_s=ENDING_S))
+            log.info("agent succeeds another", given_up=given_up)
+        agent = Agent(
+            reactor, options.state, policy, workers, catalogue, log, options.control.parent / "pods", inherited
+        )
         stack.callback(agent.close)
         if options.traces is not None:
             stack.callback(_trace(agent.core, options.traces))
@@ -113,6 +132,8 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         agent.listen_control(options.control)
         addresses = [agent.listen(address) for address in options.listen]
         agent.recover()
+        addresses += [agent.listen(address) for address in inherited.addresses() if inherited.kept]
+        inherited.close()
         log.info(
             "agent listening",
             version=__version__,

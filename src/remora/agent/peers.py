@@ -19,7 +19,22 @@ from remora.workers.contract import Block, Region
 
 
 class Connection(Protocol):
-    """What a peer needs of a `wire.ttrpc.reactor.ServerConnection`."""
+    """What a peer needs of its connection, whichever door it came through."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not answered yet."""
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of answers that are not sent yet."""
+
+    @property
+    def receiving(self) -> bool:
+        """True if a part of a request has come."""
+
+    def leave(self, *, gently: bool) -> None:
+        """Close once nothing is under way; called again and again until it is closed."""
 
     def close(self) -> None: ...
 
@@ -156,6 +171,14 @@ class Peers:
         if not self.per_tenant[tenant]:
             del self.per_tenant[tenant]
         self._on_left(peer)
+
+    def under_way(self) -> int:
+        """Return how many requests and answers are on their way in or out, on all connections."""
+        found = 0
+        for peer in self._peers:
+            if (connection := peer.connection) is not None:
+                found += connection.in_flight or int(connection.receiving or connection.out_bytes > 0)
+        return found
 
     def of_key(self, key: str) -> list[Peer]:
         return [peer for peer in self._peers if peer.identity.key == key]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remora.agent import gauges
-from remora.agent.addresses import Address
+from remora.agent.addresses import Address, parse_address
 from remora.agent.attachments import Attachment, Attachments
 from remora.agent.callers import UNKNOWN, Callers
 from remora.agent.core import Core
@@ -23,7 +23,8 @@ from remora.agent.draining import Draining
 from remora.agent.exposition import CONTENT_TYPE
 from remora.agent.http import HttpServer
 from remora.agent.identity import Identity
-from remora.agent.listeners import Listener, bind, bind_unix
+from remora.agent.inherited import Inherited
+from remora.agent.listeners import Listener
 from remora.agent.logs import Log
 from remora.agent.models import CatalogueEntry
 from remora.agent.peer_process import peer_uid
@@ -68,14 +69,17 @@ class Agent:
         catalogue: Mapping[str, CatalogueEntry],
         log: Log,
         pods: Path,
+        inherited: Inherited,
     ) -> None:
         """
         Args:
             pods: Directory of the files that name pods.
+            inherited: Listening sockets that are open already.
         """
         self._reactor = reactor
         self._log = log
         self._limits = policy.limits
+        self._state = state
         reactor.on_error = self._on_error
         self.core = Core(reactor, state, policy, workers, catalogue, log)
         native, vaccel_door = NativeDoor(self.core), VaccelDoor(self.core)
@@ -89,9 +93,11 @@ class Agent:
         self._refused = 0
         self._controllers: set[ServerConnection] = set()
         self._http: HttpServer | None = None
-        self._http_path: Path | None = None
+        self._inherited = inherited
         self.metrics_address = ""
-        self.attachments = Attachments(reactor, self.core.journal, self._attached_connection, self.core.end_identity)
+        self.attachments = Attachments(
+            reactor, self.core.journal, self._attached_connection, self.core.end_identity, inherited
+        )
         self._callers = Callers(PodFiles(pods), self.attachments.of_cid)
         self.draining = Draining(self.core, reactor.stop)
         gauges.register(self.core, attachments=lambda: len(self.attachments), draining=lambda: self.draining.begun)
@@ -115,9 +121,7 @@ class Agent:
         serve, refuse = self._connection, self._refuse
         if address.door == "oip":
             serve, refuse = self._oip_connection, self._oip_door().refuse
-        accepted = partial(self._accepted, serve, refuse)
-        listener = Listener(self._reactor, bind(address, _OPEN_MODE), accepted, address.path)
-        self._listeners.append(listener)
+        listener = self._listen(address, _OPEN_MODE, partial(self._accepted, serve, refuse))
         host = f"[{address.host}]" if ":" in address.host else address.host
         text = f"{address.scheme}://{host}:{listener.port}" if listener.port else address.text
         self._addresses.append(text)
@@ -126,26 +130,56 @@ class Agent:
     def listen_control(self, path: Path) -> None:
         """Serve the host's own side on an owner-only socket."""
         door = ControlDoor(
-            self.core, self.attachments, lambda: list(self._addresses), self.metrics_address, self.draining
+            self.core,
+            self.attachments,
+            lambda: list(self._addresses),
+            self.metrics_address,
+            self.draining,
+            lambda: [(listener.address, listener.sock) for listener in self.listeners()],
+            self._hand_over,
+            self._state,
         )
-        self._listeners.append(
-            Listener(
-                self._reactor,
-                bind_unix(path, _OWNER_MODE),
-                lambda connection: self._control_connection(connection, door),
-                path,
-            )
-        )
+        address = parse_address(f"unix://{path}")
+        self._listen(address, _OWNER_MODE, lambda connection: self._control_connection(connection, door))
 
     def listen_metrics(self, address: Address) -> None:
         """Serve /metrics, /healthz and /readyz."""
-        sock = bind(address, _OWNER_MODE)
         pages = {"/metrics": self._metrics_page, "/healthz": self._health_page, "/readyz": self._ready_page}
-        self._http = HttpServer(self._reactor, sock, pages)
-        self._http_path = address.path
+        self._http = HttpServer(self._reactor, pages)
+        listener = self._listen(address, _OWNER_MODE, self._http.serve)
         self.core.disk.insist("metrics", self.core.exposition.prepare)
-        name = sock.getsockname()
-        self.metrics_address = f"tcp://{address.host}:{name[1]}" if isinstance(name, tuple) else address.text
+        self.metrics_address = f"tcp://{address.host}:{listener.port}" if listener.port else address.text
+
+    def _listen(self, address: Address, mode: int, on_connection: Callable[[socket.socket], None]) -> Listener:
+        sock, kept = self._inherited.bind(address, mode)
+        path = None if kept else address.path
+        listener = Listener(self._reactor, sock, on_connection, path, address=address.text, kept=kept)
+        self._listeners.append(listener)
+        return listener
+
+    # -- handing over -----------------------------------------------------------------------------------------------
+
+    def drain(self, timeout_s: float) -> None:
+        """Finish what runs and end; what is new waits, if somebody else keeps the sockets open."""
+        self.draining.begin(timeout_s, set_quiet=self._set_kept_quiet if self._inherited.kept else None)
+
+    def listeners(self) -> list[Listener]:
+        """Return everything that a successor has to listen on."""
+        return [*self._listeners, *self.attachments.listeners()]
+
+    def _hand_over(self, done: Callable[[int], None], timeout_s: float) -> None:
+        """End for a successor that has all sockets."""
+        self.draining.begin(timeout_s, done, set_quiet=self._set_handed_over)
+
+    def _set_handed_over(self, handed_over: bool) -> None:
+        for listener in self.listeners():
+            listener.set_quiet(handed_over)
+            listener.handed_over = handed_over
+
+    def _set_kept_quiet(self, quiet: bool) -> None:
+        for listener in self._listeners:
+            if listener.kept:
+                listener.set_quiet(quiet)
 
     # -- connections ------------------------------------------------------------------------------------------------
 
@@ -278,8 +312,6 @@ class Agent:
         self.attachments.close()
         if self._http is not None:
             self._http.close()
-            if self._http_path is not None:
-                self._http_path.unlink(missing_ok=True)
         for connection in list(self._controllers):
             connection.close()
         for peer in list(self.core.peers):

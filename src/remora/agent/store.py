@@ -29,6 +29,9 @@ from remora.errors import (
     ResourceExhaustedError,
 )
 
+#: An upload whose last chunk is older than this is not waited for: it goes on whenever its client comes back.
+_UNDER_WAY_S = 1.0
+
 
 def _no_such(digest: str) -> RemoraError:
     return NotFoundError(f"there is no resource {digest}", fix="upload it first")
@@ -59,6 +62,11 @@ class Store:
         self._replaced = False
         self._verified = Verified()
         self._recover()
+
+    def uploading(self) -> int:
+        """Return how many uploads are under way: begun, not complete, and a chunk came a moment ago."""
+        since_s = time.monotonic() - _UNDER_WAY_S
+        return sum(upload.active_s > since_s for upload in self._uploads.values())
 
     @property
     def bytes_stored(self) -> int:
@@ -144,6 +152,7 @@ class Store:
                 self._disk.submit(digest, lambda: None, lambda _: done(self._progress(tenant, digest)))
                 return
         self._make_room(len(data))
+        upload.active_s = time.monotonic()
         last = offset + len(data) == total_bytes
 
         def write() -> files.Replaced | None:

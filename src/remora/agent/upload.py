@@ -47,7 +47,16 @@ def check_quota(
 class Upload:
     """One resource on its way from one tenant; several connections may send it at the same time."""
 
-    __slots__ = ("counted_bytes", "dropped", "path", "progress", "submitted_bytes", "total_bytes", "waiters")
+    __slots__ = (
+        "active_s",
+        "counted_bytes",
+        "dropped",
+        "path",
+        "progress",
+        "submitted_bytes",
+        "total_bytes",
+        "waiters",
+    )
 
     def __init__(self, path: Path, received_bytes: int, total_bytes: int) -> None:
         self.path = path
@@ -60,6 +69,8 @@ class Upload:
         #: Who else wants to know how it ends: connections that upload the same at the same time.
         self.waiters: list[PutDone] = []
         self.dropped = False
+        #: When its last chunk came, on the monotonic clock.
+        self.active_s = 0.0
 
     def end(self, outcome: tuple[int, bool] | RemoraError, done: PutDone) -> None:
         """Tell everyone how it ended."""

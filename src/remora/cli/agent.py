@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from remora import paths
@@ -44,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where /metrics and /healthz are served: unix:///path, tcp://127.0.0.1:port or 127.0.0.1:port "
         f"(default: unix://{paths.runtime_dir() / 'metrics.sock'})",
     )
+    parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help="serve: succeed the agent that runs on the same control socket: take its sockets and sessions, without a "
+        "refused connection",
+    )
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the lines on stderr")
     parser.add_argument(
         "--trace-endpoint",
@@ -72,18 +79,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, control: Path) -> int:
-    import os
-
     from remora.agent import main, otlp, policy
     from remora.agent.addresses import parse_address, parse_listen_address
+    from remora.agent.inherited import from_systemd
     from remora.catalog import load_catalog
     from remora.workers.pool import WorkerPool
 
     metrics = args.metrics or f"unix://{paths.runtime_dir() / 'metrics.sock'}"
     if "://" not in metrics and not metrics.startswith("/"):
         metrics = f"tcp://{metrics}"
+    inherited = from_systemd(os.environ)
+    listen = args.listen or ([] if inherited.kept else [f"unix://{paths.agent_socket()}"])
     options = main.Options(
-        listen=[parse_listen_address(text) for text in args.listen or [f"unix://{paths.agent_socket()}"]],
+        listen=[parse_listen_address(text) for text in listen],
         state=(args.state or paths.state_dir() / "agent").absolute(),
         policy=policy.load(args.config),
         control=control,
@@ -92,6 +100,8 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         ready_fd=args.ready_fd,
         config=args.config.absolute() if args.config is not None else None,
         traces=otlp.options(args.trace_endpoint, args.trace_ratio, os.environ),
+        takeover=args.takeover,
+        inherited=inherited,
     )
     return main.run(options, load_catalog(args.models), WorkerPool)
 

@@ -82,6 +82,24 @@ class StatusResponse(Message):
 class DrainRequest(Message):
     #: What still runs after this long is given up; 0: as long as a request may take.
     timeout_s: float = double(1)
+    #: True if another agent has the listening sockets: what is new waits for it instead of being refused. If this
+    #: connection ends before the answer, that agent has died, and the drain is off.
+    successor: bool = bool_(2)
+
+
+class HandoverRequest(Message):
+    #: Where the successor listens, SOCK_SEQPACKET: the agent connects once and sends one message, a JSON list of
+    #: addresses with as many listening sockets (SCM_RIGHTS, unix(7)).
+    socket: str = string(1)
+    #: How many it has already.
+    after: int = uint32(2)
+
+
+class HandoverResponse(Message):
+    #: How many there are.
+    total: int = uint32(1)
+    #: The agent's state directory.
+    state: str = string(2)
 
 
 class DrainResponse(Message):
@@ -103,5 +121,6 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "Attachments": (Empty, AttachmentsResponse),
     "Status": (Empty, StatusResponse),
     "Drain": (DrainRequest, DrainResponse),
+    "Handover": (HandoverRequest, HandoverResponse),
     "Policy": (Empty, PolicyResponse),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
@@ -93,3 +94,99 @@ def test_a_reload_applies_to_open_connections_and_a_broken_file_changes_nothing(
         began_s = time.monotonic()
         assert agent.stop() == 0
     assert time.monotonic() - began_s < 5
+
+
+def drain(agent: AgentProcess, timeout_s: float, given_up: list[int]) -> threading.Thread:
+    """Begin to drain; the thread ends with the agent's answer in `given_up`."""
+    request = control_v1.DrainRequest(timeout_s=timeout_s)
+    thread = threading.Thread(
+        target=lambda: given_up.append(agent.ask("Drain", request, control_v1.DrainResponse).given_up)
+    )
+    thread.start()
+    wait_until(lambda: "agent draining" in agent.log, "the drain begins")
+    return thread
+
+
+def test_a_drain_waits_for_an_upload_that_is_coming_in(tmp_path: Path) -> None:
+    agent = started(tmp_path)
+    given_up: list[int] = []
+    data = [os.urandom(100_000) for _ in range(3)]
+    digest = "sha256:" + hashlib.sha256(b"".join(data)).hexdigest()
+    total = sum(map(len, data))
+    try:
+        with Guest(agent.connect()) as guest:
+
+            def put(index: int) -> remora_v1.PutResourceResponse:
+                offset = sum(map(len, data[:index]))
+                request = remora_v1.PutResourceRequest(
+                    digest=digest, offset=offset, total_bytes=total, data=data[index]
+                )
+                return guest.call("PutResource", request, remora_v1.PutResourceResponse)
+
+            put(0)
+            thread = drain(agent, 30, given_up)
+            put(1)
+            assert put(2).complete
+        thread.join(10)
+        assert given_up == [0]
+    finally:
+        assert agent.stop() == 0, agent.log
+
+
+@pytest.mark.parametrize("door", ["native", "oip"])
+def test_a_drain_waits_for_half_a_message_until_its_time_is_over(tmp_path: Path, door: str) -> None:
+    agent = AgentProcess(tmp_path, models=catalogue_directory())
+    oip = tmp_path / "oip.sock"
+    agent.start("--listen", f"oip+unix://{oip}")
+    given_up: list[int] = []
+    try:
+        with agent.connect(oip if door == "oip" else None) as sock:
+            half = (
+                b"POST /v2/models/identity/infer HTTP/1.1\r\nContent-Length: 9\r\n\r\n{" if door == "oip" else b"\0\0"
+            )
+            sock.sendall(half)
+            with agent.connect(oip) as other:  # the agent has seen what came before this is answered
+                other.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b"200" in other.recv(4096)
+                thread = drain(agent, 0.5, given_up)
+                other.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b"503" in other.recv(4096)
+            thread.join(10)
+        assert given_up == [1]
+        wait_until(lambda: not agent.alive(), "the agent ends")
+    finally:
+        assert agent.stop() == 0, agent.log
+
+
+def test_a_reload_under_load_drops_no_request(tmp_path: Path) -> None:
+    agent = started(tmp_path)
+    config = tmp_path / "agent.toml"
+    answered, stop = [0] * 4, threading.Event()
+    wrong: list[Exception] = []
+
+    def work(index: int) -> None:
+        try:
+            with Guest(agent.connect()) as guest:
+                while not stop.is_set():
+                    guest.infer("identity", float(answered[index]))
+                    answered[index] += 1
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(answered))]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(20):
+            config.write_text(f"[defaults]\nconcurrent_requests = {1 + number % 3}\nqueue_length = {50 + number}\n")
+            before = sum(answered)
+            os.kill(agent.pid, signal.SIGHUP)
+            wait_until(lambda n=number: agent.log.count("policy reloaded") > n, "the reload")  # type: ignore[misc]
+            wait_until(lambda n=before: sum(answered) > n + 4 or wrong, "answers after it")  # type: ignore[misc]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert agent.stop() == 0, agent.log
+    assert wrong == []
+    assert "request refused" not in agent.log

@@ -13,6 +13,7 @@ import pytest
 from agent_rooms import Box, Rooms, rooms
 from remora.agent.attachments import Attachment, Attachments
 from remora.agent.callers import Callers
+from remora.agent.inherited import Inherited
 from remora.agent.peer_process import cgroups
 from remora.agent.policy import Limits
 from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError, UnauthenticatedError
@@ -67,7 +68,7 @@ def attach(held: Rooms, attachments: Attachments, sandbox: str, cid: int, tenant
 
 
 def new_attachments(held: Rooms) -> Attachments:
-    return Attachments(held.reactor, held.journal, lambda *_: None, lambda *_: None)
+    return Attachments(held.reactor, held.journal, lambda *_: None, lambda *_: None, Inherited())
 
 
 def identify(attachments: Attachments, cid: int) -> Attachment | None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remora.agent.http import HttpServer, respond
+from remora.agent.listeners import Listener
 from remora.agent.logs import Log
 from remora.reactor import Reactor
 
@@ -109,7 +110,9 @@ def test_a_slow_http_client_holds_up_nobody(tmp_path: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "m.sock"))
     listener.listen()
-    server = HttpServer(reactor, listener, PAGES)
+    listener.setblocking(False)
+    server = HttpServer(reactor, PAGES)
+    accepting = Listener(reactor, listener, server.serve)
     with socket.socket(socket.AF_UNIX) as slow, socket.socket(socket.AF_UNIX) as quick:
         slow.connect(str(tmp_path / "m.sock"))
         slow.send(b"GET /hea")
@@ -125,6 +128,7 @@ def test_a_slow_http_client_holds_up_nobody(tmp_path: Path) -> None:
                 continue
             if answer.endswith(b"ok\n"):
                 break
+    accepting.close()
     assert answer.endswith(b"ok\n")
     server.close()
     reactor.close()

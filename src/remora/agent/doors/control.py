@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from remora import __version__
+from remora.agent import handover
 from remora.agent.attachments import Attachments
 from remora.agent.core import Core
 from remora.agent.doors.health import Health
@@ -31,7 +34,18 @@ class ControlDoor:
         listeners: Callable[[], list[str]],
         metrics_address: str,
         draining: Draining,
+        sockets: Callable[[], list[tuple[str, socket.socket]]],
+        hand_over: Callable[[Callable[[int], None], float], None],
+        state: Path,
     ) -> None:
+        """
+        Args:
+            sockets: Returns what the agent listens on, by address.
+            hand_over: Ends the agent, as `Draining.begin`, for a successor that has all sockets.
+        """
+        self._hand_over = hand_over
+        self._sockets = sockets
+        self._state = state
         self._draining = draining
         self._core = core
         self._attachments = attachments
@@ -45,6 +59,7 @@ class ControlDoor:
             "Attachments": self._list,
             "Status": self._status,
             "Drain": self._drain,
+            "Handover": self._handover,
             "Policy": self._policy,
         }
         self._methods = {name: (v1.METHODS[name][0], method) for name, method in methods.items()}
@@ -123,7 +138,17 @@ class ControlDoor:
         def drained(given_up: int) -> None:
             call.respond(v1.DrainResponse(given_up=given_up, pid=os.getpid()))
 
-        self._draining.begin(request.timeout_s or self._core.limits.request_timeout_s, drained)
+        timeout_s = request.timeout_s or self._core.limits.request_timeout_s
+        if request.successor:
+            call.on_cancel(lambda _reason: self._draining.abandon())
+            self._hand_over(drained, timeout_s)
+        else:
+            self._draining.begin(timeout_s, drained)
+
+    def _handover(self, call: Call, request: v1.HandoverRequest) -> None:
+        sockets = self._sockets()
+        handover.send(request.socket, sockets[request.after : request.after + handover.BATCH])
+        call.respond(v1.HandoverResponse(total=len(sockets), state=str(self._state)))
 
     def _policy(self, call: Call, _request: v1.Empty) -> None:
         file, text, refused = self._core.policy_source

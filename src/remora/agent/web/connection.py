@@ -96,6 +96,23 @@ class WebConnection:
         """Bytes of answers that the client has not taken yet."""
         return self._out_bytes + (self._speaker.unsent_bytes if self._speaker is not None else 0)
 
+    @property
+    def in_flight(self) -> int:
+        """1 while a request is on its way in or is being answered."""
+        return int(self._speaker is not None and self._speaker.busy)
+
+    @property
+    def receiving(self) -> bool:
+        """True if a part of a request has come."""
+        return bool(self._first)
+
+    def leave(self, *, gently: bool) -> None:
+        """Take no new request, finish what is under way, close. Call it again until it is closed."""
+        if self._speaker is not None:
+            self._speaker.leave()
+        elif not (gently and self._first):
+            self.close()
+
     # -- what the speaker uses (`exchange.Link`) --------------------------------------------------------------------
 
     def transmit(self, pieces: Sequence[Piece], on_sent: Callable[[], None] | None = None) -> None:

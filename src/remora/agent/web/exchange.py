@@ -154,6 +154,13 @@ class Speaker(Protocol):
     def unsent_bytes(self) -> int:
         """Bytes of answers that the protocol itself holds back."""
 
+    @property
+    def busy(self) -> bool:
+        """True while a request is on its way in or is being answered."""
+
+    def leave(self) -> None:
+        """Take no new request: tell the client so, finish what is under way, then close."""
+
     def check(self, now_s: float) -> float | None:
         """Give up what takes too long; return when to look again, None if nothing is under way."""
 

@@ -106,6 +106,7 @@ class Http1:
         "_handler",
         "_head",
         "_keep_alive",
+        "_leaving",
         "_link",
         "_max_body_bytes",
         "_now_s",
@@ -146,6 +147,7 @@ class Http1:
         self._exchange: Http1Exchange | None = None
         self._busy = False
         self._keep_alive = True
+        self._leaving = False
         self._begun_s = 0.0
         self._over = False
 
@@ -195,7 +197,7 @@ class Http1:
 
     def _accept(self, head: Head) -> None:
         self._head = head
-        self._keep_alive = head.keep_alive
+        self._keep_alive = head.keep_alive and not self._leaving
         size = head.content_length
         try:
             if size > self._max_body_bytes:
@@ -302,6 +304,18 @@ class Http1:
         return 0
 
     # -- time and end -----------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return self._busy or bool(self._begun_s)
+
+    def leave(self) -> None:
+        if self._leaving or self._over:
+            return
+        self._leaving, self._keep_alive = True, False
+        if not self.busy:
+            self._over = True
+            self._link.finish()
 
     def check(self, now_s: float) -> float | None:
         if not self._begun_s or self._busy or self._over:

@@ -75,6 +75,7 @@ class Http2:
         self._frames = self._calls = self._kib = 0
         self._uncredited = 0
         self._over = False
+        self._leaving = False
         self._settled = False
         self._opened_s = now_s()
         self._reader = FrameReader(self, scratch, len(PREFACE))
@@ -179,6 +180,9 @@ class Http2:
             self._link.finish()
 
     def _open(self, stream_id: int, raw: Iterable[tuple[bytes, bytes]]) -> None:
+        if self._leaving:  # above the last stream of our GOAWAY: the client knows that it may send it elsewhere
+            self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
+            return
         headers = {bytes(name).decode("latin-1"): bytes(value).decode("latin-1") for name, value in raw}
         stream = self._streams[stream_id] = Stream(stream_id, headers, self._now_s())
         status = grpc.unacceptable(headers)
@@ -311,6 +315,9 @@ class Http2:
         data = self._h2.data_to_send()
         if data:
             self._link.transmit([data])
+        if self._leaving and not self._streams and not self._over:
+            self._over = True
+            self._link.finish()
 
     def _goodbye(self, code: ErrorCodes) -> None:
         """Tell the client why the connection ends."""
@@ -327,6 +334,18 @@ class Http2:
         return sum(len(piece) for stream in self._streams.values() for piece in stream.out)
 
     # -- time and end -----------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._streams)
+
+    def leave(self) -> None:
+        if self._leaving or self._over:
+            return
+        # Around h2, which would send nothing more after a GOAWAY of its own (RFC 9113, section 6.8).
+        self._leaving = True
+        self._link.transmit([http2_frames.goaway(self._h2.highest_inbound_stream_id)])
+        self._flush()
 
     def check(self, now_s: float) -> float | None:
         """Reset the streams whose request does not come, or whose answer is not taken."""

@@ -18,6 +18,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADER = struct.Struct(">HBBBI")
 HEADER_BYTES = _HEADER.size
 DATA = 0
+_GOAWAY = struct.Struct(">II")
 END_STREAM, _PADDED = 0x1, 0x8
 _STREAM_MASK = (1 << 31) - 1
 #: The largest frame: DATA frames cost a fixed time each, whatever they carry, and nothing is buffered of them.
@@ -49,6 +50,11 @@ class Sink(Protocol):
 def header(size: int, kind: int, flags: int, stream: int) -> bytes:
     """Return a frame's header."""
     return _HEADER.pack(size >> 8, size & 0xFF, kind, flags, stream)
+
+
+def goaway(last_stream: int) -> bytes:
+    """Return the frame that says: nothing after `last_stream` is looked at, and no error is why."""
+    return header(_GOAWAY.size, 7, 0, 0) + _GOAWAY.pack(last_stream, 0)
 
 
 class FrameReader:

@@ -68,6 +68,7 @@ class ServerConnection:
         "_out_bytes",
         "_events",
         "_paused",
+        "_leaving",
         "_frame_timer",
         "_send_timer",
         "_deadline_timer",
@@ -108,6 +109,7 @@ class ServerConnection:
         self._out_bytes = 0
         self._events = READ
         self._paused = 0
+        self._leaving = False
         self._frame_timer: Optional[Timer] = None
         self._send_timer: Optional[Timer] = None
         self._deadline_timer: Optional[Timer] = None
@@ -122,6 +124,30 @@ class ServerConnection:
     @property
     def in_flight(self) -> int:
         return len(self._calls.active)
+
+    @property
+    def receiving(self) -> bool:
+        """True if a part of a message has come."""
+        return self._decoder.partial_bytes > 0
+
+    def leave(self, *, gently: bool) -> None:
+        """Close the connection if no call is open and nothing unsent; call it again until it is closed.
+
+        Args:
+            gently: Go on reading, and leave a connection alone on which more is coming. Otherwise what comes is left
+                unread: a client whose connection ends sends it again.
+        """
+        if not gently and not self._leaving:
+            self._leaving = True
+            self.pause()
+        if not self.in_flight and not self._out_bytes and not (gently and (self.receiving or self._is_readable())):
+            self.close()
+
+    def _is_readable(self) -> bool:
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:  # nothing, or broken
+            return False
 
     def add_close_callback(self, callback: Callable[[ServerConnection], None]) -> None:
         self._on_close.append(callback)
