@@ -33,9 +33,9 @@ from remora.catalog.photos import fetch_photos
 from remora.errors import RemoraError
 from remora.images.build import build_image
 from remora.images.store import ImageStore
+from remora.sandboxes.guest_files import guest_files
 from remora.sandboxes.leftovers import find_leftovers
 from remora.sandboxes.options import Options
-from remora.sandboxes.prepare import guest_files
 from remora.sandboxes.sandbox import Sandbox
 from remora.sandboxes.spawner import close_shared
 from remora.sandboxes.templates import Templates

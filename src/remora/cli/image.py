@@ -148,7 +148,7 @@ def _remove(args: argparse.Namespace) -> None:
 def _guest(args: argparse.Namespace) -> None:
     from remora import paths
     from remora.cli._progress import Reporter
-    from remora.sandboxes.prepare import renew_guest_files
+    from remora.sandboxes.guest_files import renew_guest_files
 
     with Reporter() as reporter:
         files = renew_guest_files(paths.state_dir(), reporter.fraction, force=args.force)

@@ -115,8 +115,14 @@ class Control:
         running = self._containers.find(request.id)
 
         def finished() -> None:
+            # A second answer is none.
             call.respond(WaitResponse(exit_status=running.exit_status or 0, oom_killed=running.oom_killed))
 
+        def bound() -> None:
+            self._reactor.call_later(request.drain_s, finished)
+
+        if request.drain_s > 0:
+            running.when_ended(bound)
         running.when_finished(finished)
 
     def _signal(self, call: Call, request: guest_v1.SignalRequest) -> None:

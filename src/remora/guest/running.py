@@ -34,6 +34,7 @@ class Running:
         #: Set when PID 1 ends it in place of a signal that the kernel would have dropped.
         self.ended_by = 0
         self._waiters: List[Callable[[], None]] = []
+        self._end_waiters: List[Callable[[], None]] = []
         self._finished = False
 
     @property
@@ -47,9 +48,19 @@ class Running:
         else:
             self._waiters.append(callback)
 
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Call once the process has ended, wherever its output is."""
+        if self.exit_status is not None:
+            callback()
+        else:
+            self._end_waiters.append(callback)
+
     def ended(self, status: int, oom_killed: bool) -> None:
         self.exit_status = 128 + self.ended_by if self.ended_by and status == 128 + signal.SIGKILL else status
         self.oom_killed = oom_killed
+        waiters, self._end_waiters = self._end_waiters, []
+        for waiter in waiters:
+            waiter()
         self.stdio.process_ended()
         self.stdio.when_handed_over(self._finish)
 

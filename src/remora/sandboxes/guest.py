@@ -62,7 +62,11 @@ class Guest:
         self._client.close()
 
     def _call(self, method: str, request: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
-        return self._client.call(v1.SERVICE, method, request, v1.METHODS[method][1], timeout_s=timeout_s)
+        return self.call(v1.SERVICE, method, request, v1.METHODS[method][1], timeout_s)
+
+    def call(self, service: str, method: str, request: Any, response: type[Any], timeout_s: float | None) -> Any:
+        """Call any service of the guest."""
+        return self._client.call(service, method, request, response, timeout_s=timeout_s)
 
     def ping(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._call("Ping", v1.Empty(), timeout_s)
@@ -84,13 +88,13 @@ class Guest:
         """Start a process; returns its pid in the guest."""
         return int(self._call("Start", v1.StartRequest(id=process_id, process=what)).pid)
 
-    def wait(self, process_id: str, timeout_s: float | None = None) -> v1.WaitResponse:
-        """Wait for the end of a process, after all its output has been handed to its streams.
+    def wait(self, process_id: str, timeout_s: float | None = None, *, drain_s: float = 0.0) -> v1.WaitResponse:
+        """Wait for the end of a process, after all its output has been handed to its streams, or `drain_s` later.
 
         Raises:
             DeadlineExceededError: it still runs after `timeout_s`.
         """
-        response: v1.WaitResponse = self._call("Wait", v1.WaitRequest(id=process_id), timeout_s)
+        response: v1.WaitResponse = self._call("Wait", v1.WaitRequest(id=process_id, drain_s=drain_s), timeout_s)
         return response
 
     def signal(self, process_id: str, signum: int, *, everything: bool = False) -> None:
@@ -98,6 +102,9 @@ class Guest:
 
     def resize(self, process_id: str, rows: int, columns: int) -> None:
         self._call("Resize", v1.ResizeRequest(id=process_id, rows=rows, columns=columns))
+
+    def close_stdin(self, process_id: str) -> None:
+        self._call("CloseStdin", v1.CloseStdinRequest(id=process_id))
 
     def stats(self) -> v1.StatsResponse:
         response: v1.StatsResponse = self._call("Stats", v1.Empty())

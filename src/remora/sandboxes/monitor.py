@@ -20,11 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from remora.errors import FailedPreconditionError, RemoraError, ResourceExhaustedError, UnavailableError
+from remora.errors import RemoraError, UnavailableError
 from remora.reactor import READ, Reactor
 from remora.sandboxes import leash
 from remora.sandboxes.agent_link import AgentLink
 from remora.sandboxes.clearing import process_start
+from remora.sandboxes.endings import why_ended
 from remora.sandboxes.guest import MAIN, Guest, connect_when_up, identity, process
 from remora.sandboxes.launch import Launch
 from remora.sandboxes.output import OutputKeeper
@@ -320,20 +321,7 @@ class Monitor:
         ended = machine.reap()
         if machine is not self._machine or ended is None:
             return
-        last_words = ended.console.strip().splitlines()[-3:]
-        console = f"; its console ended with: {' | '.join(last_words)}" if last_words else ""
-        ram_file = self._launch.vm.ram_file
-        if ended.signal == signal.SIGBUS and ram_file is not None:
-            why: RemoraError = ResourceExhaustedError(
-                f"the disk under {ram_file.parent} became full", fix="free some space there, and try again"
-            )
-        elif ended.signal:
-            why = UnavailableError(f"QEMU was killed by signal {ended.signal} ({signal.strsignal(ended.signal)})")
-        elif ended.status:
-            why = FailedPreconditionError(f"QEMU ended with status {ended.status}{console}")
-        else:
-            why = UnavailableError(f"the guest powered off by itself{console}")
-        self._abort(why)
+        self._abort(why_ended(ended, self._launch.vm.ram_file))
 
     def _channel_ended(self, machine: Machine, error: RemoraError) -> None:
         def give_up() -> None:

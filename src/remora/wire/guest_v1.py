@@ -81,6 +81,8 @@ class StartResponse(Message):
 
 class WaitRequest(Message):
     id: str = string(1)
+    #: How long after the end an answer may wait for a slow reader of the output; 0: as long as it takes.
+    drain_s: float = double(2)
 
 
 class WaitResponse(Message):

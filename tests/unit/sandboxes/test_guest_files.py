@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from remora.images import guest_os
-from remora.sandboxes.prepare import guest_files, renew_guest_files
+from remora.sandboxes.guest_files import guest_files, renew_guest_files
 
 
 @pytest.fixture

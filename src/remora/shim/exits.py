@@ -1,0 +1,117 @@
+"""How ends of processes become known: waited for in the guest, told to containerd in the order that it relies on.
+
+Output first, then the execs of a container, then the container itself; the sandbox last of all. Whatever happens to the
+guest, every process that was started gets exactly one end.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from remora.errors import RemoraError
+from remora.reactor import Reactor
+from remora.shim.events import Publisher, timestamp
+from remora.shim.pod import Pod
+from remora.shim.task import KILLED, Process, Task
+from remora.wire import containerd as c
+
+#: Output may take so long after the end: a child that inherited it may keep it open for ever.
+DRAIN_S = 2.0
+
+
+class Exits:
+    """Reactor's thread only, but for `watch`."""
+
+    def __init__(self, reactor: Reactor, publisher: Publisher, pod: Pod) -> None:
+        self._reactor = reactor
+        self._publisher = publisher
+        self._pod = pod
+
+    def watch(self, task: Task, process: Process) -> None:
+        """Wait for the end of a process that has been started, in a thread of its own."""
+        thread = threading.Thread(target=self._wait, args=(task, process), name="wait", daemon=True)
+        thread.start()
+
+    def _wait(self, task: Task, process: Process) -> None:
+        status, oom_killed = KILLED, False
+        try:
+            ended = self._pod.vm.guest.wait(process.guest_id, drain_s=DRAIN_S)
+            status, oom_killed = ended.exit_status, ended.oom_killed
+            process.exited_ns = time.time_ns()
+            if not process.exec_id:
+                self._pod.bring_back(task)
+        except RemoraError:
+            pass  # the guest is gone, and its processes with it
+        self._reactor.post(lambda: self._ended(task, process, status, oom_killed))
+
+    def _ended(self, task: Task, process: Process, status: int, oom_killed: bool) -> None:
+        process.exited_ns = process.exited_ns or time.time_ns()
+        process.streams.when_drained(lambda: self._drained(task, process, status, oom_killed), DRAIN_S)
+
+    def _drained(self, task: Task, process: Process, status: int, oom_killed: bool) -> None:
+        if process.exec_id:
+            self._tell(process, status)
+            return
+        waiting = [one for one in task.execs.values() if one.runs]
+
+        def last() -> None:
+            if process.exited:
+                return
+            for one in task.execs.values():
+                if one.runs:
+                    self._tell(one, KILLED)
+            if oom_killed:
+                self._publisher.publish(c.TaskOOM(container_id=task.id))
+            self._tell(process, status)
+
+        if not waiting:
+            last()
+            return
+        # The guest has killed them; their ends are on the way.
+        for one in waiting:
+            one.when_exited(lambda _one: None if any(e.runs for e in task.execs.values()) else last())
+        self._reactor.call_later(DRAIN_S, last)
+
+    def _tell(self, process: Process, status: int) -> None:
+        if process.exited:
+            return
+        process.exited_ns = process.exited_ns or time.time_ns()
+        self._publisher.publish(
+            c.TaskExit(
+                container_id=process.container,
+                id=process.exec_id or process.container,
+                pid=process.pid,
+                exit_status=status,
+                exited_at=timestamp(process.exited_ns),
+            )
+        )
+        process.exit(status)
+
+    def never_started(self, task: Task, status: int) -> None:
+        """A container was killed before it was started."""
+        self._tell(task.process, status)
+
+    def sandbox(self, task: Task, status: int, tasks: dict[str, Task]) -> None:
+        """The pod's sandbox was killed: its microVM ends, then every container, then itself."""
+        self._pod.kill()
+        others = [one for one in tasks.values() if one is not task and one.process.runs]
+
+        def last() -> None:
+            for one in others:
+                self._tell(one.process, KILLED)
+            self._tell(task.process, status)
+
+        if not others:
+            last()
+            return
+        for other in others:
+            other.process.when_exited(lambda _one: None if any(o.process.runs for o in others) else last())
+        self._reactor.call_later(2 * DRAIN_S, last)
+
+    def machine_ended(self, tasks: dict[str, Task]) -> None:
+        """The microVM has ended by itself: containers learn it by their waits, the sandbox here."""
+        for task in tasks.values():
+            if task.role == "sandbox" and task.process.runs:
+                self.sandbox(task, KILLED, tasks)
+                return

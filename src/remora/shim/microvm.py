@@ -1,0 +1,259 @@
+"""The pod's microVM: its processes, its disks, and the way to its guest.
+
+The reactor's thread starts the monitor process, which dies with it, and watches its end; everything else here blocks
+and is called from the threads that serve containerd's slow requests.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from remora import paths
+from remora.errors import RemoraError, ResourceExhaustedError, UnavailableError
+from remora.guest.kernel import NETWORK_ARGUMENT, OS_DISK_SERIAL, kernel_arguments
+from remora.reactor import READ, Reactor
+from remora.sandboxes.clearing import process_start
+from remora.sandboxes.endings import why_ended
+from remora.sandboxes.guest import Guest, connect_when_up, identity
+from remora.sandboxes.guest_files import guest_files
+from remora.shim import network
+from remora.shim.settings import Settings, Size
+from remora.shim.tools import run
+from remora.vmm.bridge import Bridge
+from remora.vmm.contract import Disk, Slot, SlottedMachine, VmSpec
+from remora.vmm.probe import accelerator
+from remora.vmm.qemu import QemuDriver
+from remora.vmm.tsc import host_tsc_khz
+from remora.wire import guest_pod_v1 as v1
+
+#: Slots for layers and snapshots. With the OS disk, the scratch disk, four cards and the channel: the machine's 24.
+SLOTS = 16
+_SCRATCH_SERIAL = "scratch"
+_QMP_TIMEOUT_S = 30.0
+T = TypeVar("T")
+
+
+class MicroVm:
+    def __init__(
+        self, reactor: Reactor, directory: Path, settings: Settings, on_end: Callable[[RemoraError], None]
+    ) -> None:
+        """`on_end` is called in the reactor's thread when the machine has ended by itself."""
+        self._reactor = reactor
+        self._thread = threading.main_thread().ident
+        self.directory = directory
+        self._settings = settings
+        self._on_end = on_end
+        self._machine: SlottedMachine | None = None
+        self._bridge: Bridge | None = None
+        self._guest: Guest | None = None
+        self._disks = threading.Lock()
+        self._slots: dict[str, Path | None] = {f"r{number:02}": None for number in range(SLOTS)}
+        self.ended: RemoraError | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int:
+        return self._machine.pid if self._machine is not None else 0
+
+    def machine_fields(self) -> dict[str, Any]:
+        """Return what a record needs so that others can end this machine (sandboxes/clearing.py)."""
+        return {"machine_pid": self.pid, "machine_started": process_start(self.pid)}
+
+    def boot(self, size: Size, net: network.Found, name: str, hostname: str, sysctls: dict[str, str]) -> None:
+        """Start the machine and set up its guest.
+
+        Raises:
+            RemoraError: it did not come up; nothing runs then.
+        """
+        vm = self._spec(size, net)
+        timeout_s = self._settings.boot_timeout_s
+        self.in_reactor(lambda: self._start(vm))
+        try:
+            self._guest = self._come_up(timeout_s)
+        except UnavailableError:
+            if self.ended is not None:
+                raise self.ended from None
+            # A guest under emulation may hang while it boots (guest clock, busy host): once more, with more time.
+            self.in_reactor(self._drop)
+            self.in_reactor(lambda: self._start(vm))
+            self._guest = self._come_up(2 * timeout_s)
+        self.pod(
+            "Configure",
+            v1.ConfigureRequest(
+                identity=identity(name, hostname),
+                scratch=_SCRATCH_SERIAL if self._settings.scratch_mib else "",
+                links=list(net.links),
+                addresses=list(net.addresses),
+                routes=list(net.routes),
+                sysctls=[v1.Sysctl(name=key, value=value) for key, value in sysctls.items()],
+            ),
+        )
+
+    def kill(self) -> None:
+        """End the machine from any thread; every call to its guest fails from then on."""
+        if self.ended is None:
+            self.ended = UnavailableError("the pod's microVM was ended")
+        if self._machine is not None:
+            self._machine.kill()
+
+    def close(self) -> None:
+        """End everything and wait until it has. Any thread but the reactor's."""
+        self.kill()
+        self.in_reactor(self._drop)
+        if self._guest is not None:
+            self._guest.close()
+
+    def _spec(self, size: Size, net: network.Found) -> VmSpec:
+        state = paths.state_dir()
+        files = guest_files(state)
+        accel = accelerator(files.kernel, state / "host")
+        tsc_khz = host_tsc_khz(state / "host") if accel == "tcg" else None
+        disks = [Disk(OS_DISK_SERIAL, files.disk)]
+        if self._settings.scratch_mib:
+            disks.append(Disk(_SCRATCH_SERIAL, self._scratch(), readonly=False))
+        return VmSpec(
+            kernel=files.kernel,
+            initrd=files.initrd,
+            arguments=kernel_arguments(tsc_khz, extra=[NETWORK_ARGUMENT] if net.networks else []),
+            memory_mib=size.memory_mib,
+            cpus=size.cpus,
+            accelerator=accel,
+            disks=tuple(disks),
+            networks=net.networks,
+            slots=tuple(Slot(serial) for serial in self._slots),
+        )
+
+    def _scratch(self) -> Path:
+        """Make the pod's writable disk: sparse, empty, gone with its directory."""
+        path = self.directory / "scratch.img"
+        with path.open("wb") as file:
+            file.truncate(self._settings.scratch_mib << 20)
+        # No journal: it lives no longer than the machine. Lazy tables: 20 ms instead of seconds.
+        options = ["-E", "lazy_itable_init=1,nodiscard", "-O", "^has_journal,^resize_inode", "-m", "0", "-F", "-q"]
+        run(["mkfs.ext4", *options, str(path)], package="e2fsprogs")
+        return path
+
+    def _come_up(self, timeout_s: float) -> Guest:
+        assert self._machine is not None
+        self._machine.connect(_QMP_TIMEOUT_S)
+        return connect_when_up(self.directory, timeout_s)
+
+    # -- the guest --------------------------------------------------------------------------------------------------
+
+    @property
+    def guest(self) -> Guest:
+        """The guest's processes, by their ids.
+
+        Raises:
+            UnavailableError: the machine has ended.
+        """
+        if self.ended is not None:
+            raise self.ended
+        if self._guest is None:
+            raise UnavailableError("the pod's microVM is not up")
+        return self._guest
+
+    def pod(self, method: str, request: Any, timeout_s: float = 60.0) -> Any:
+        """Call the pod service of the guest."""
+        return self.guest.call(v1.SERVICE, method, request, v1.METHODS[method][1], timeout_s)
+
+    # -- disks ------------------------------------------------------------------------------------------------------
+
+    def insert(self, images: list[Path]) -> list[str]:
+        """Return the serials of disks with these images, put into free slots unless they are in one already.
+
+        Raises:
+            ResourceExhaustedError: the slots do not suffice.
+        """
+        with self._disks:
+            wanted = [image for image in images if image not in self._slots.values()]
+            free = [serial for serial, image in self._slots.items() if image is None]
+            if len(wanted) > len(free):
+                raise ResourceExhaustedError(
+                    f"the pod's microVM has {len(free)} free disks and the container needs {len(wanted)}",
+                    fix="build its image with fewer layers, or share layers between the pod's images",
+                )
+            assert self._machine is not None
+            for image, serial in zip(wanted, free, strict=False):
+                self._machine.insert(serial, image)
+                self._slots[serial] = image
+            return [next(s for s, image in self._slots.items() if image == wanted) for wanted in images]
+
+    def release(self, serials: list[str]) -> None:
+        """Empty the slots that the guest no longer uses."""
+        with self._disks:
+            for serial in serials:
+                if self._slots.get(serial) is not None and self._machine is not None and self.ended is None:
+                    self._machine.eject(serial)
+                    self._slots[serial] = None
+
+    # -- the reactor's thread ---------------------------------------------------------------------------------------
+
+    def in_reactor(self, call: Callable[[], T]) -> T:
+        """Have the reactor's thread make a call; return what it returns, or raise what it raises."""
+        if threading.get_ident() == self._thread:
+            return call()
+        done = threading.Event()
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def wrapped() -> None:
+            try:
+                results.append(call())
+            except BaseException as error:  # noqa: BLE001 - raised again by whoever asked
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._reactor.post(wrapped)
+        done.wait()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def _start(self, vm: VmSpec) -> None:
+        channel, guest_end = socket.socketpair()
+        try:
+            machine = QemuDriver().start(vm, directory=self.directory, channel_fd=guest_end.fileno())
+        except BaseException:
+            channel.close()
+            raise
+        finally:
+            guest_end.close()
+        self._machine = machine
+        self._reactor.watch_pid(machine.pid, lambda: self._machine_ended(machine))
+        self._reactor.register(machine.console.fileno(), READ, lambda _events: self._read_console(machine))
+        self._bridge = Bridge(self._reactor, channel, self.directory, on_end=lambda error: self._channel_ended(machine))
+
+    def _read_console(self, machine: SlottedMachine) -> None:
+        if not machine.read_console():
+            self._reactor.unregister(machine.console.fileno())
+
+    def _channel_ended(self, machine: SlottedMachine) -> None:
+        """A guest that breaks the channel's rules is ended; one whose monitor goes is reported by its end."""
+        if machine is self._machine:
+            machine.kill()
+
+    def _machine_ended(self, machine: SlottedMachine) -> None:
+        ended = machine.reap()
+        if machine is not self._machine or ended is None:
+            return
+        if self.ended is None:
+            self.ended = why_ended(ended)
+        if self._bridge is not None:
+            self._bridge.close()
+        self._on_end(self.ended)
+
+    def _drop(self) -> None:
+        machine, self._machine = self._machine, None
+        bridge, self._bridge = self._bridge, None
+        if bridge is not None:
+            bridge.close()
+        if machine is not None:
+            self._reactor.unregister(machine.console.fileno())
+            machine.close()

@@ -1,0 +1,371 @@
+"""containerd's task service: each call checked, and done here or by a thread if it takes longer.
+
+The reactor's thread answers what is known (State, Wait, Connect, Pids of the record) at once, also while a microVM
+boots. What asks the guest or the host runs in a thread per request and comes back to the reactor for every change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import remora
+from remora.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    RemoraError,
+    UnimplementedError,
+)
+from remora.reactor import Reactor
+from remora.shim import exits, spec, stats
+from remora.shim.events import Publisher, timestamp
+from remora.shim.pod import Pod
+from remora.shim.streams import Streams
+from remora.shim.task import Process, Task
+from remora.wire import containerd as c
+from remora.wire import guest_pod_v1 as v1
+from remora.wire.protobuf import DecodeError, Message
+from remora.wire.ttrpc.calls import Call
+
+_GONE = "process already finished: not found"
+#: A container that was killed may not delay the deletion of its pod.
+_REMOVE_S = 10.0
+#: Answers are made in the reactor's thread, work in a thread of its own.
+_SLOW = ("Create", "Start", "Delete", "Kill", "Pause", "Resume", "ResizePty", "Update", "Stats", "Pids")
+
+
+class TaskService:
+    """Args:
+    on_idle: called after Shutdown when no container is left.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        publisher: Publisher,
+        socket_path: str,
+        on_idle: Callable[[], None],
+    ) -> None:
+        self._reactor = reactor
+        self._publisher = publisher
+        self._socket_path = socket_path
+        self._on_idle = on_idle
+        self._tasks: dict[str, Task] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self.pod = Pod(reactor, self._machine_ended)
+        self._exits = exits.Exits(reactor, publisher, self.pod)
+        self.created = False
+
+    # -- dispatch ---------------------------------------------------------------------------------------------------
+
+    def handle(self, call: Call) -> None:
+        """Answer one call; a RemoraError that this raises is the answer."""
+        if call.service not in c.TASK_SERVICES or call.method not in c.TASK_METHODS:
+            raise UnimplementedError(f"{call.service}/{call.method} is not served")
+        try:
+            request: Any = c.TASK_METHODS[call.method][0].decode(call.payload)
+        except DecodeError as error:
+            raise InvalidArgumentError(f"{call.method}: {error}") from error
+        method = getattr(self, f"_{call.method.lower()}")
+        if call.method == "Wait":
+            self._wait(call, request)
+        elif call.method in _SLOW:
+            threading.Thread(target=self._slow, args=(call, method, request), name=call.method, daemon=True).start()
+        else:
+            call.respond(method(request))
+
+    def _slow(self, call: Call, method: Callable[[Any], Message], request: Any) -> None:
+        try:
+            # One change of a container at a time; a slow one of another does not matter.
+            if call.method in ("Create", "Delete"):
+                with self._locks.setdefault(request.id, threading.Lock()):
+                    answer = method(request)
+            else:
+                answer = method(request)
+        except RemoraError as error:
+            self._later(call.fail, error)
+        except Exception as error:  # noqa: BLE001 - the border of the request: told to its caller
+            internal = InternalError(f"{call.method}: {type(error).__name__}: {error}")
+            self._reactor.on_error(error)
+            self._later(call.fail, internal)
+        else:
+            self._later(call.respond, answer)
+
+    def _later(self, what: Callable[[Any], bool], value: Any) -> None:
+        def now() -> None:
+            what(value)
+
+        self._reactor.post(now)
+
+    def _task(self, container: str) -> Task:
+        task = self._tasks.get(container)
+        if task is None:
+            raise NotFoundError(f"container {container} is not one of this pod: not found")
+        return task
+
+    def _process(self, container: str, exec_id: str) -> Process:
+        process = self._task(container).find(exec_id)
+        if process is None:
+            raise NotFoundError(f"exec {exec_id} of container {container}: not found")
+        return process
+
+    # -- creating ---------------------------------------------------------------------------------------------------
+
+    def _create(self, request: c.CreateTaskRequest) -> c.PidResponse:
+        if request.checkpoint:
+            raise UnimplementedError("a microVM cannot be started from a checkpoint")
+        if request.id in self._tasks:
+            raise AlreadyExistsError(f"container {request.id} exists: already exists")
+        self.created = True
+        with open(os.path.join(request.bundle, "config.json"), "rb") as file:
+            config: dict[str, Any] = json.load(file)
+        role = spec.kind(config, request.id).role
+        streams = Streams(self._reactor, request.stdin, request.stdout, request.stderr, request.terminal)
+        task = Task(request.id, request.bundle, role, Process(request.id, "", streams))
+        task.config = config
+        try:
+            if role != "container":
+                self.pod.boot(config, request, self._socket_path)
+            if role != "sandbox":
+                self.pod.add(task, request)
+        except BaseException:
+            if role != "container":
+                self.pod.close()
+            raise
+        task.process.pid = self.pod.pid
+        self._tasks[request.id] = task
+        io = c.TaskIO(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal)
+        self._publish(
+            c.TaskCreate(
+                container_id=request.id, bundle=request.bundle, rootfs=request.rootfs, io=io, pid=task.process.pid
+            )
+        )
+        return c.PidResponse(pid=task.process.pid)
+
+    def _exec(self, request: c.ExecProcessRequest) -> c.Empty:
+        task = self._task(request.id)
+        if request.exec_id in task.execs:
+            raise AlreadyExistsError(f"exec {request.exec_id} exists: already exists")
+        if task.role == "sandbox":
+            raise FailedPreconditionError("a pod's sandbox runs no process to execute others beside")
+        process = Process(
+            request.id,
+            request.exec_id,
+            Streams(self._reactor, request.stdin, request.stdout, request.stderr, request.terminal),
+        )
+        described = json.loads(bytes(request.spec.value)) if request.spec is not None else {}
+        process.spec = spec.guest_process(described)
+        process.pid = self.pod.pid
+        task.execs[request.exec_id] = process
+        self._publish(c.TaskExecAdded(container_id=request.id, exec_id=request.exec_id))
+        return c.Empty()
+
+    def _start(self, request: c.ProcessRequest) -> c.PidResponse:
+        task = self._task(request.id)
+        process = self._process(request.id, request.exec_id)
+        if process.status != c.CREATED:
+            raise FailedPreconditionError(f"{request.exec_id or request.id} was started before")
+        if process.exec_id and not task.process.runs:
+            raise FailedPreconditionError(f"container {request.id} does not run: nothing can be started in it")
+        if task.role == "sandbox":
+            self._started(process, c.TaskStart(container_id=request.id, pid=process.pid))
+            return c.PidResponse(pid=process.pid)
+        guest = self.pod.vm.guest
+        streams = process.streams
+        socks = {name: guest.open_stream(process.guest_id, name) for name in streams.wanted}
+        self.pod.vm.in_reactor(lambda: streams.attach(socks))
+        try:
+            if process.exec_id:
+                self.pod.vm.pod("Exec", _exec_request(process))
+                event: Message = c.TaskExecStarted(container_id=request.id, exec_id=process.exec_id, pid=process.pid)
+            else:
+                self.pod.vm.pod("Start", _start_request(task))
+                event = c.TaskStart(container_id=request.id, pid=process.pid)
+        except BaseException:
+            self.pod.vm.in_reactor(streams.close)
+            raise
+        self._started(process, event)
+        self._exits.watch(task, process)
+        return c.PidResponse(pid=process.pid)
+
+    def _started(self, process: Process, event: Message) -> None:
+        process.status = c.RUNNING
+        self._publish(event)
+
+    # -- what is known ----------------------------------------------------------------------------------------------
+
+    def _state(self, request: c.ProcessRequest) -> c.StateResponse:
+        task = self._task(request.id)
+        process = self._process(request.id, request.exec_id)
+        stdin, stdout, stderr = process.streams.paths
+        return c.StateResponse(
+            id=request.id,
+            bundle=task.bundle,
+            pid=process.pid,
+            status=process.status,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            terminal=process.streams.terminal,
+            exit_status=process.exit_status,
+            exited_at=timestamp(process.exited_ns) if process.exited else None,
+            exec_id=process.exec_id,
+        )
+
+    def _wait(self, call: Call, request: c.ProcessRequest) -> None:
+        def answer(process: Process) -> None:
+            exited_at = timestamp(process.exited_ns)
+            call.respond(c.WaitResponse(exit_status=process.exit_status, exited_at=exited_at))
+
+        self._process(request.id, request.exec_id).when_exited(answer)
+
+    def _connect(self, request: c.ProcessRequest) -> c.ConnectResponse:
+        task = self._tasks.get(request.id)
+        return c.ConnectResponse(
+            shim_pid=os.getpid(), task_pid=task.process.pid if task is not None else 0, version=remora.__version__
+        )
+
+    def _pids(self, request: c.ProcessRequest) -> c.PidsResponse:
+        task = self._task(request.id)
+        if not task.process.runs:
+            return c.PidsResponse()
+        pids = [task.process.pid]
+        if task.in_guest:
+            pids = list(self.pod.vm.pod("Pids", v1.ContainerRequest(id=task.id), 3.0).pids) or pids
+        return c.PidsResponse(processes=[c.ProcessInfo(pid=pid) for pid in pids])
+
+    def _stats(self, request: c.ProcessRequest) -> c.StatsResponse:
+        task = self._task(request.id)
+        if not task.in_guest:
+            return c.StatsResponse(stats=stats.metrics(v1.StatsResponse()))
+        return c.StatsResponse(stats=stats.metrics(self.pod.vm.pod("Stats", v1.ContainerRequest(id=task.id))))
+
+    # -- while it runs ----------------------------------------------------------------------------------------------
+
+    def _kill(self, request: c.KillRequest) -> c.Empty:
+        task = self._task(request.id)
+        process = self._process(request.id, request.exec_id)
+        if process.exited:
+            raise NotFoundError(_GONE)
+        if process.exec_id and process.status == c.CREATED:
+            raise FailedPreconditionError(f"exec {process.exec_id} was not started")
+        if task.role == "sandbox":
+            self._reactor.post(lambda: self._exits.sandbox(task, 128 + request.signal, self._tasks))
+            return c.Empty()
+        if process.status == c.CREATED:
+            self._reactor.post(lambda: self._exits.never_started(task, 128 + request.signal))
+            return c.Empty()
+        if task.process.status == c.PAUSED and request.signal == 9:
+            self._set_frozen(task, False)
+        try:
+            self.pod.vm.guest.signal(process.guest_id, request.signal, everything=request.all)
+        except NotFoundError as error:
+            raise NotFoundError(_GONE) from error
+        return c.Empty()
+
+    def _pause(self, request: c.ProcessRequest) -> c.Empty:
+        task = self._task(request.id)
+        if task.process.status != c.RUNNING or not task.in_guest:
+            raise FailedPreconditionError(f"container {request.id} does not run: it cannot be paused")
+        self._set_frozen(task, True)
+        return c.Empty()
+
+    def _resume(self, request: c.ProcessRequest) -> c.Empty:
+        task = self._task(request.id)
+        if task.process.status != c.PAUSED:
+            raise FailedPreconditionError(f"container {request.id} is not paused")
+        self._set_frozen(task, False)
+        return c.Empty()
+
+    def _set_frozen(self, task: Task, frozen: bool) -> None:
+        self.pod.vm.pod("Pause" if frozen else "Resume", v1.ContainerRequest(id=task.id))
+        if task.process.runs:
+            task.process.status = c.PAUSED if frozen else c.RUNNING
+        event = c.TaskPaused(container_id=task.id) if frozen else c.TaskResumed(container_id=task.id)
+        self._publish(event)
+
+    def _resizepty(self, request: c.ResizePtyRequest) -> c.Empty:
+        process = self._process(request.id, request.exec_id)
+        if process.streams.terminal and process.runs and request.width and request.height:
+            self.pod.vm.guest.resize(process.guest_id, request.height, request.width)
+        return c.Empty()
+
+    def _closeio(self, request: c.CloseIORequest) -> c.Empty:
+        self._process(request.id, request.exec_id).streams.close_stdin()
+        return c.Empty()
+
+    def _update(self, request: c.UpdateTaskRequest) -> c.Empty:
+        task = self._task(request.id)
+        if request.resources is not None and task.in_guest:
+            resources = spec.guest_resources(json.loads(bytes(request.resources.value)))
+            if resources:
+                self.pod.vm.pod("Update", v1.UpdateRequest(id=task.id, resources=json.dumps(resources).encode()))
+        return c.Empty()
+
+    def _checkpoint(self, _request: c.CheckpointTaskRequest) -> c.Empty:
+        raise UnimplementedError("a container of a microVM cannot be checkpointed", fix="see docs/kubernetes.md")
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def _delete(self, request: c.ProcessRequest) -> c.DeleteResponse:
+        task = self._task(request.id)
+        process = self._process(request.id, request.exec_id)
+        if process.runs:
+            raise FailedPreconditionError(f"{request.exec_id or request.id} still runs: it cannot be deleted")
+        if process.exec_id:
+            del task.execs[process.exec_id]
+        else:
+            if task.role == "container":
+                self.pod.remove(task)
+            else:
+                self.pod.close()
+            del self._tasks[task.id]
+        self._reactor.post(process.streams.close)
+        exited_at = timestamp(process.exited_ns or time.time_ns())
+        answer = c.DeleteResponse(pid=process.pid, exit_status=process.exit_status, exited_at=exited_at)
+        if not process.exec_id:
+            self._publish(
+                c.TaskDelete(
+                    container_id=task.id, pid=process.pid, exit_status=process.exit_status, exited_at=exited_at
+                )
+            )
+        return answer
+
+    def _shutdown(self, _request: c.ShutdownRequest) -> c.Empty:
+        if not self._tasks:
+            # The answer needs the loop's next turns to go out.
+            self._reactor.call_later(0.02, self._on_idle)
+        return c.Empty()
+
+    def _machine_ended(self, error: RemoraError) -> None:
+        self._reactor.on_error(error)
+        self._exits.machine_ended(self._tasks)
+
+    def _publish(self, event: Message) -> None:
+        self._publisher.publish(event)
+
+
+def _start_request(task: Task) -> v1.StartRequest:
+    streams = task.process.streams
+    args = (task.config.get("process") or {}).get("args") or [""]
+    return v1.StartRequest(id=task.id, terminal=streams.terminal, stdin=bool(streams.paths[0]), command=args[0])
+
+
+def _exec_request(process: Process) -> v1.ExecRequest:
+    streams = process.streams
+    # crun takes the size of a terminal from here, and a terminal of none from a resize.
+    described = {**process.spec, "terminal": streams.terminal}
+    return v1.ExecRequest(
+        id=process.guest_id,
+        process=json.dumps(described).encode(),
+        terminal=streams.terminal,
+        stdin=bool(streams.paths[0]),
+        command=process.spec["args"][0],
+    )

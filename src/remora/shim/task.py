@@ -1,0 +1,81 @@
+"""containerd's view of processes: a container's own and its execs, their states, and whoever waits for them.
+
+All state changes happen in the reactor's thread, so that events leave in the order that containerd relies on: started
+before ended, execs before the container, output before the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from remora.shim.streams import Streams
+from remora.wire import containerd as c
+
+#: What ended by a machine's end is reported with: as killed.
+KILLED = 137
+
+
+class Process:
+    """A container's own process (`exec_id` empty), or an exec."""
+
+    def __init__(self, container: str, exec_id: str, streams: Streams) -> None:
+        self.container = container
+        self.exec_id = exec_id
+        self.streams = streams
+        self.status = c.CREATED
+        self.pid = 0
+        self.exit_status = 0
+        self.exited_ns = 0
+        #: The OCI process of an exec.
+        self.spec: dict[str, Any] = {}
+        self._waiters: list[Callable[[Process], None]] = []
+
+    @property
+    def guest_id(self) -> str:
+        return f"{self.container}/{self.exec_id}" if self.exec_id else self.container
+
+    @property
+    def exited(self) -> bool:
+        return self.status == c.STOPPED
+
+    @property
+    def runs(self) -> bool:
+        return self.status in (c.RUNNING, c.PAUSED)
+
+    def when_exited(self, callback: Callable[[Process], None]) -> None:
+        """Call once the process has ended and that was told; at once if it has."""
+        if self.exited:
+            callback(self)
+        else:
+            self._waiters.append(callback)
+
+    def exit(self, status: int) -> None:
+        """Note the end; the event is out already."""
+        self.status = c.STOPPED
+        self.exit_status = status
+        self.exited_ns = self.exited_ns or time.time_ns()
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter(self)
+
+
+class Task:
+    """A container of the pod."""
+
+    def __init__(self, container: str, bundle: str, role: str, process: Process) -> None:
+        self.id = container
+        self.bundle = bundle
+        #: `sandbox`, `container` or `single` (spec.py).
+        self.role = role
+        self.process = process
+        self.execs: dict[str, Process] = {}
+        self.config: dict[str, Any] = {}
+        #: Names of files that go back to the host at the end.
+        self.returned: list[Any] = []
+        #: The guest knows the container.
+        self.in_guest = False
+
+    def find(self, exec_id: str) -> Process | None:
+        return self.execs.get(exec_id) if exec_id else self.process
