@@ -102,7 +102,8 @@ class Sessions:
         self._by_number: dict[tuple[str, int], Session] = {}
         self._leases: OrderedDict[str, float] = OrderedDict()
         self.per_tenant: Counter[str] = Counter()
-        self._model_users: Counter[tuple[str, str]] = Counter()  # (tenant, model) -> sessions
+        #: (tenant, model) -> sessions that loaded it.
+        self.model_users: Counter[tuple[str, str]] = Counter()
         self._recover()
 
     def _recover(self) -> None:
@@ -116,7 +117,7 @@ class Sessions:
         for sid, model, model_format in self._journal.rows("SELECT session, model, format FROM session_models"):
             if (session := self._by_id.get(sid)) is not None:
                 session.models = (session.models or {}) | {model: model_format}
-                self._model_users[session.tenant, model] += 1
+                self.model_users[session.tenant, model] += 1
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -265,7 +266,7 @@ class Sessions:
                 statements.append(("INSERT INTO session_holds VALUES (?,?)", (session.id, digest)))
             session.models = dict(copy_of.models) if copy_of.models else None
             for model, model_format in (session.models or {}).items():
-                self._model_users[session.tenant, model] += 1
+                self.model_users[session.tenant, model] += 1
                 statements.append(("INSERT INTO session_models VALUES (?,?,?)", (session.id, model, model_format)))
             self.on_fork(copy_of, session)
 
@@ -309,7 +310,7 @@ class Sessions:
                 fix="unload one, or ask the operator to raise it",
             )
         if model not in models:
-            self._model_users[session.tenant, model] += 1
+            self.model_users[session.tenant, model] += 1
         if models.get(model) != model_format:
             models[model] = model_format
             session.models = models
@@ -331,12 +332,12 @@ class Sessions:
 
     def uses_model(self, tenant: str, model: str) -> bool:
         """True if some session of the tenant has loaded the model."""
-        return (tenant, model) in self._model_users
+        return (tenant, model) in self.model_users
 
     def _forget_user(self, tenant: str, model: str) -> None:
-        self._model_users[tenant, model] -= 1
-        if not self._model_users[tenant, model]:
-            del self._model_users[tenant, model]
+        self.model_users[tenant, model] -= 1
+        if not self.model_users[tenant, model]:
+            del self.model_users[tenant, model]
 
     # -- living and ending ------------------------------------------------------------------------------------------
 
@@ -353,6 +354,10 @@ class Sessions:
         if not session.connections and not session.template:
             self._leases[session.id] = self._now_s() + self._limits.lease_s
             self._leases.move_to_end(session.id)
+
+    def lease_s(self, session: Session) -> float:
+        """Return how long the session lives without a connection; 0 while it has one, or if it has no end."""
+        return max(0.0, self._leases.get(session.id, 0.0) - self._now_s())
 
     def expire(self) -> None:
         """End the sessions whose lease is over; called now and then."""

@@ -83,6 +83,8 @@ def as_dict(answer: v1.StatusResponse, state: str) -> dict[str, Any]:
             "busy": worker.busy,
             "restarts": worker.restarts,
             "device": worker.device,
+            "memory_bytes": worker.memory_bytes,
+            "jobs": worker.jobs,
         }
         for worker in answer.workers
     ]

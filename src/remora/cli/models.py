@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from remora.catalog import CatalogEntry
 
 NAME = "models"
-HELP = "build, list and show the catalogue's models"
+HELP = "build, list and show the catalogue's models; list what is loaded"
 #: A progress display only for what takes longer than this.
 _PATIENCE_S = 2.0
+_HEADING = f"{'NAME':24} {'TASK':16} {'SIZE':>9}  LICENCE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--photos", action="store_true", help="also fetch the demo's photographs")
     listing = actions.add_parser("list", help="list built models and recipes")
     listing.add_argument("--json", action="store_true", help="as JSON")
+    loaded = actions.add_parser("loaded", help="list what the agent has in memory, tenants' uploads included")
+    loaded.add_argument("--json", action="store_true", help="as JSON")
     show = actions.add_parser("show", help="everything known of one model, as JSON")
     show.add_argument("name", metavar="NAME")
+    for action in (listing, loaded):
+        action.add_argument("--control", metavar="PATH", help="the agent's control socket (default: the usual one)")
     for action in (build, listing, show):
         action.add_argument("--dir", metavar="DIR", help="model directory (default: models/ of the state directory)")
 
@@ -36,11 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    if args.action == "loaded":
+        return _loaded(args)
     directory = Path(args.dir).absolute() if args.dir else None
     if args.action == "build":
         return _build(args, directory)
     if args.action == "list":
-        return _list(directory, as_json=args.json)
+        return _list(args, directory)
     return _show(args.name, directory)
 
 
@@ -66,7 +73,7 @@ def _build(args: argparse.Namespace, directory: Path | None) -> int:
     return 0
 
 
-def _list(directory: Path | None, *, as_json: bool) -> int:
+def _list(args: argparse.Namespace, directory: Path | None) -> int:
     from remora.catalog import load_catalog
     from remora.catalog.build import recipe, recipe_names
 
@@ -78,13 +85,63 @@ def _list(directory: Path | None, *, as_json: bool) -> int:
             rows.append(
                 {"name": name, "task": manifest.task, "built": False, "size_bytes": 0, "licence": manifest.licence}
             )
-    if as_json:
+    _add_use(args, rows)
+    if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    print(f"{'NAME':24} {'TASK':16} {'SIZE':>9}  LICENCE")
+    agent = any("loaded" in row for row in rows)
+    print(f"{'NAME':24} {'TASK':16} {'SIZE':>9}  {'STATE':24} LICENCE" if agent else _HEADING)
     for row in rows:
         size = f"{float(str(row['size_bytes'])) / 1e6:.1f} MB" if row["built"] else "not built"
-        print(f"{row['name']:24} {row['task']:16} {size:>9}  {row['licence']}")
+        state = f"{_state(row):24} " if agent else ""
+        print(f"{row['name']:24} {row['task']:16} {size:>9}  {state}{row['licence']}")
+    return 0
+
+
+def _add_use(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
+    """Add what the agent says of each model, if one answers: this command is also for nodes without."""
+    from remora.agent.status import call
+    from remora.cli import _operator
+    from remora.errors import RemoraError
+    from remora.wire import control_v1 as v1
+    from remora.workers.contract import SHARED
+
+    control = _operator.control_of(args)
+    try:
+        answer = call(control, "LoadedModels", v1.Empty(), v1.LoadedModelsResponse)
+        usage = call(control, "Usage", v1.Empty(), v1.UsageResponse)
+    except RemoraError:
+        return
+    loaded = {entry.name: entry for entry in answer.models if entry.domain == SHARED}
+    for row in rows:
+        entry = loaded.get(str(row["name"]))
+        row["loaded"] = entry is not None
+        row["device"] = entry.device if entry is not None else ""
+        row["memory_bytes"] = entry.memory_bytes if entry is not None else 0
+        row["requests"] = sum(use.requests for use in usage.models if use.model == row["name"])
+
+
+def _state(row: dict[str, object]) -> str:
+    from remora.cli import _operator
+
+    if not row.get("loaded"):
+        return "not loaded"
+    return f"{row['device']}, {_operator.size(float(str(row['memory_bytes'])))}, {row['requests']} requests"
+
+
+def _loaded(args: argparse.Namespace) -> int:
+    from remora.agent.status import call
+    from remora.cli import _operator
+    from remora.wire import control_v1 as v1
+
+    found = list(call(_operator.control_of(args), "LoadedModels", v1.Empty(), v1.LoadedModelsResponse).models)
+    names = ("name", "domain", "task", "device", "memory_bytes", "sessions")
+    rows: list[dict[str, object]] = [{name: getattr(entry, name) for name in names} for entry in found]
+    columns = [("MODEL", "DOMAIN", "TASK", "DEVICE", "MEMORY", "SESSIONS")]
+    for entry in found:
+        memory, sessions = _operator.size(entry.memory_bytes), str(entry.sessions)
+        columns.append((_operator.short(entry.name), entry.domain, entry.task, entry.device, memory, sessions))
+    _operator.show(rows, columns, as_json=args.json, nothing="no models are loaded")
     return 0
 
 

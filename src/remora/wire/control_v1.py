@@ -65,6 +65,10 @@ class WorkerStatus(Message):
     busy: bool = bool_(6)
     restarts: int = uint32(7)
     device: str = string(8)
+    #: Resident memory.
+    memory_bytes: int = uint64(9)
+    #: Jobs it has in hand.
+    jobs: int = uint32(10)
 
 
 class StatusResponse(Message):
@@ -115,6 +119,118 @@ class PolicyResponse(Message):
     refused: str = string(3)
 
 
+class PageRequest(Message):
+    """Asks for a part of a list: a node has many thousands of sessions, and its loop must not stop for all of them."""
+
+    #: Only what belongs to this tenant; empty for all.
+    tenant: str = string(1)
+    offset: int = uint32(2)
+    #: At most this many; the agent may return fewer. An empty page is the end.
+    limit: int = uint32(3)
+
+
+class SessionEntry(Message):
+    id: str = string(1)
+    tenant: str = string(2)
+    #: Key of the identity it belongs to.
+    owner: str = string(3)
+    #: True for a session of vAccel's protocol.
+    vaccel: bool = bool_(4)
+    template: bool = bool_(5)
+    connections: int = uint32(6)
+    models: list[str] = string(7, repeated=True)
+    #: Resources that it keeps from eviction.
+    resources: int = uint32(8)
+    #: How long it lives without a connection; 0 while it has one.
+    lease_s: float = double(9)
+
+
+class SessionsResponse(Message):
+    sessions: list[SessionEntry] = message(1, SessionEntry, repeated=True)
+
+
+class ResourceEntry(Message):
+    digest: str = string(1)
+    tenant: str = string(2)
+    size_bytes: int = uint64(3)
+    #: Sessions of the tenant that hold it.
+    holds: int = uint32(4)
+    #: Seconds since the epoch.
+    used_at_s: float = double(5)
+    #: True if it is a model that a worker of the tenant has in memory.
+    loaded: bool = bool_(6)
+
+
+class ResourcesResponse(Message):
+    resources: list[ResourceEntry] = message(1, ResourceEntry, repeated=True)
+
+
+class LoadedModel(Message):
+    name: str = string(1)
+    #: `shared` or the tenant's name.
+    domain: str = string(2)
+    task: str = string(3)
+    device: str = string(4)
+    memory_bytes: int = uint64(5)
+    #: Sessions that loaded it; requests may use a catalogue model without loading it.
+    sessions: int = uint32(6)
+
+
+class LoadedModelsResponse(Message):
+    models: list[LoadedModel] = message(1, LoadedModel, repeated=True)
+
+
+class TenantUsage(Message):
+    """Counters of a tenant since the agent started, and what it has now. `other`: all that have none of their own."""
+
+    tenant: str = string(1)
+    requests: int = uint64(2)
+    refusals: int = uint64(3)
+    received_bytes: int = uint64(4)
+    sent_bytes: int = uint64(5)
+    device_us: int = uint64(6)
+    #: Operations by the time from arrival to result: as many numbers as `UsageResponse.bounds_s` and one more.
+    durations: list[int] = uint64(7, repeated=True)
+    sessions: int = uint32(8)
+    connections: int = uint32(9)
+    queued: int = uint32(10)
+    running: int = uint32(11)
+
+
+class ModelUsage(Message):
+    """Counters of an operation on a model for all tenants; `uploaded` is all models that tenants uploaded."""
+
+    operation: str = string(1)
+    model: str = string(2)
+    requests: int = uint64(3)
+    #: Time in each stage.
+    queue_us: int = uint64(4)
+    batch_us: int = uint64(5)
+    run_us: int = uint64(6)
+    copy_us: int = uint64(7)
+
+
+class DeviceUsage(Message):
+    device: str = string(1)
+    #: Time that operations ran on it; more than the clock where several run at once.
+    busy_us: int = uint64(2)
+    #: What its models take, as they say.
+    memory_bytes: int = uint64(3)
+    models: int = uint32(4)
+
+
+class UsageResponse(Message):
+    #: On the agent's monotonic clock: rates are differences of two answers.
+    time_s: float = double(1)
+    draining: bool = bool_(2)
+    #: Upper bounds of `TenantUsage.durations`, seconds.
+    bounds_s: list[float] = double(3, repeated=True)
+    tenants: list[TenantUsage] = message(4, TenantUsage, repeated=True)
+    models: list[ModelUsage] = message(5, ModelUsage, repeated=True)
+    devices: list[DeviceUsage] = message(6, DeviceUsage, repeated=True)
+    status: StatusResponse | None = message(7, StatusResponse)
+
+
 METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "Attach": (AttachRequest, Empty),
     "Detach": (DetachRequest, Empty),
@@ -123,4 +239,8 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "Drain": (DrainRequest, DrainResponse),
     "Handover": (HandoverRequest, HandoverResponse),
     "Policy": (Empty, PolicyResponse),
+    "Sessions": (PageRequest, SessionsResponse),
+    "Resources": (PageRequest, ResourcesResponse),
+    "LoadedModels": (Empty, LoadedModelsResponse),
+    "Usage": (Empty, UsageResponse),
 }

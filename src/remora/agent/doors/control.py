@@ -14,6 +14,7 @@ from remora import __version__
 from remora.agent import handover
 from remora.agent.attachments import Attachments
 from remora.agent.core import Core
+from remora.agent.doors import views
 from remora.agent.doors.health import Health
 from remora.agent.draining import Draining
 from remora.errors import RemoraError, UnimplementedError
@@ -53,14 +54,18 @@ class ControlDoor:
         self._metrics_address = metrics_address
         self._started_s = time.monotonic()
         self._health = Health(core, (v1.SERVICE,))
-        methods: dict[str, Callable[[Call, Any], None]] = {
+        methods: dict[str, Callable[[Call, Any], object]] = {
             "Attach": self._attach,
             "Detach": self._detach,
             "Attachments": self._list,
-            "Status": self._status,
+            "Status": lambda call, _request: call.respond(self._status()),
             "Drain": self._drain,
             "Handover": self._handover,
             "Policy": self._policy,
+            "Sessions": lambda call, request: call.respond(views.sessions(core, request)),
+            "Resources": lambda call, request: call.respond(views.resources(core, request)),
+            "LoadedModels": lambda call, _request: call.respond(views.models(core)),
+            "Usage": lambda call, _request: call.respond(views.usage(core, self._status())),
         }
         self._methods = {name: (v1.METHODS[name][0], method) for name, method in methods.items()}
 
@@ -154,7 +159,7 @@ class ControlDoor:
         file, text, refused = self._core.policy_source
         call.respond(v1.PolicyResponse(file=file, text=text, refused=refused))
 
-    def _status(self, call: Call, _request: v1.Empty) -> None:
+    def _status(self) -> v1.StatusResponse:
         workers = [
             v1.WorkerStatus(
                 id=worker.id,
@@ -165,19 +170,19 @@ class ControlDoor:
                 busy=worker.busy > 0,
                 restarts=worker.restarts,
                 device=worker.device,
+                memory_bytes=worker.memory_bytes,
+                jobs=worker.busy,
             )
             for worker in self._core.workers.workers()
         ]
-        call.respond(
-            v1.StatusResponse(
-                version=__version__,
-                pid=os.getpid(),
-                uptime_s=time.monotonic() - self._started_s,
-                listeners=self._listeners(),
-                sessions=len(self._core.sessions),
-                connections=len(self._core.peers),
-                workers=workers,
-                store_bytes=max(0, self._core.store.bytes_stored),
-                metrics_address=self._metrics_address,
-            )
+        return v1.StatusResponse(
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self._started_s,
+            listeners=self._listeners(),
+            sessions=len(self._core.sessions),
+            connections=len(self._core.peers),
+            workers=workers,
+            store_bytes=max(0, self._core.store.bytes_stored),
+            metrics_address=self._metrics_address,
         )
