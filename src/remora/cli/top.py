@@ -71,7 +71,7 @@ def _live(control: Path, before: v1.UsageResponse, interval_s: float) -> int:
     from rich.text import Text
 
     from remora.cli._usage import load_between
-    from remora.errors import UnavailableError
+    from remora.errors import RemoraError
 
     console = Console(highlight=False)
     shown: RenderableType = Text(f"looking for {interval_s:g} s ...")
@@ -87,7 +87,7 @@ def _live(control: Path, before: v1.UsageResponse, interval_s: float) -> int:
         while not wait_for_key(interval_s):
             try:
                 after = _look(control)
-            except UnavailableError as error:
+            except RemoraError as error:
                 live.update(Group(Text(f"{error.message}; waiting for it", style="bold red"), shown), refresh=True)
                 continue
             shown, before = view(load_between(before, after), rows=console.height), after
