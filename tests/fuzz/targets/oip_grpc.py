@@ -11,6 +11,7 @@ from functools import partial
 
 from hpack import Encoder
 
+from fake_link import FakeLink
 from fuzz_agent import LIMITS, agent
 from remora.agent.doors import oip_messages as messages
 from remora.agent.doors.oip_grpc import GrpcDoor
@@ -18,7 +19,7 @@ from remora.agent.web.http2 import Http2
 from remora.agent.web.http2_frames import PREFACE, header
 from remora.errors import ProtocolError, UnavailableError
 from remora.wire.protobuf import Message
-from targets.oip_rest import Link, _inferences, feed, peer
+from targets.oip_rest import _inferences, feed, peer
 
 _agent = agent()
 _door = GrpcDoor(_agent.core, _inferences)
@@ -27,7 +28,7 @@ _door = GrpcDoor(_agent.core, _inferences)
 def case(data: bytes) -> None:
     if not data:
         return
-    link, who = Link(), peer()
+    link, who = FakeLink(), peer()
     http2 = Http2(
         link,
         partial(_door.handle, who),

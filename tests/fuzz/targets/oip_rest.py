@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
+from fake_link import FakeLink
 from fuzz_agent import LIMITS, agent
 from remora.agent.doors.oip import Inferences
 from remora.agent.doors.oip_rest import RestDoor
 from remora.agent.peers import Peer
-from remora.agent.web.exchange import Piece
 from remora.agent.web.http1 import Http1
-from remora.errors import RemoraError, UnavailableError
+from remora.errors import UnavailableError
 
 _agent = agent()
 _inferences = Inferences(_agent.core)
 _door = RestDoor(_agent.core, _inferences)
 _peers: list[Peer] = []
-
-
-class Link:
-    """A connection whose client takes everything at once."""
-
-    def __init__(self) -> None:
-        self.sent = bytearray()
-        self.holding = self.finished = False
-
-    def refused(self, error: RemoraError) -> None:
-        pass
-
-    def transmit(self, pieces: Sequence[Piece], on_sent: Callable[[], None] | None = None) -> None:
-        for piece in pieces:
-            self.sent += piece
-        if on_sent is not None:
-            on_sent()
-
-    def hold(self, reading: bool) -> None:
-        self.holding = reading
-
-    def finish(self) -> None:
-        self.finished = True
 
 
 def peer() -> Peer:
@@ -49,7 +26,9 @@ def peer() -> Peer:
     return _peers[0]
 
 
-def feed(data: bytes, step: int, link: Link, buffer: Callable[[], memoryview], received: Callable[[int], None]) -> None:
+def feed(
+    data: bytes, step: int, link: FakeLink, buffer: Callable[[], memoryview], received: Callable[[int], None]
+) -> None:
     """Hand bytes over as a socket would."""
     at = turns = 0
     while at < len(data) and not link.finished:
@@ -70,7 +49,7 @@ def feed(data: bytes, step: int, link: Link, buffer: Callable[[], memoryview], r
 def case(data: bytes) -> None:
     if not data:
         return
-    link, who = Link(), peer()
+    link, who = FakeLink(), peer()
     http1 = Http1(
         link,
         partial(_door.handle, who),

@@ -19,12 +19,13 @@ from remora.wire import remora_v1, vaccel
 
 #: For each probe; more by hand: `REMORA_TIMING_SAMPLES=2000 chrt -r 20 pytest ...`.
 SAMPLES = int(os.environ.get("REMORA_TIMING_SAMPLES", "40"))
-UPLOAD_BYTES = 200_000
+UPLOAD_BYTES = int(os.environ.get("REMORA_TIMING_BYTES", "200000"))
 
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
-    agent = AgentProcess(tmp_path_factory.mktemp("i"), models=catalogue_directory())
+    config = "[limits]\nresources_per_tenant = 100000\n"
+    agent = AgentProcess(tmp_path_factory.mktemp("i"), config=config, models=catalogue_directory())
     agent.start("--listen", "oip+attached")
     yield agent
     assert agent.stop() == 0, agent.log[-2000:]

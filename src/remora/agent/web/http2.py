@@ -114,7 +114,8 @@ class Http2:
         """(`http2_frames.Sink`)"""
         if self._over:
             return
-        self._count_frame()
+        if self._too_many_frames():
+            return
         for event in self._h2.receive_data(frame):
             self._event(event)
 
@@ -135,8 +136,8 @@ class Http2:
             frame = http2_frames.header(4, _WINDOW_UPDATE, 0, 0) + struct.pack(">I", credit)
             self._flush()
             self._link.transmit([frame])
-        if not size:
-            self._count_frame()
+        if not size and self._too_many_frames():
+            return
         if end_stream or stream not in self._streams:
             # That the stream ends, or does not exist, is h2's business; its bytes are not.
             flags = http2_frames.END_STREAM if end_stream else 0
@@ -148,13 +149,15 @@ class Http2:
         found = self._streams.get(stream)
         return found.body if found is not None and found.exchange is None else None
 
-    def _count_frame(self) -> None:
+    def _too_many_frames(self) -> bool:
+        """Count a frame that carries nothing; end the connection if it has sent too many of them."""
         self._frames += 1
-        if self._frames > _FREE_FRAMES and self._frames > (
-            _FREE_FRAMES + self._calls * _FRAMES_PER_CALL + self._kib + (self._now_s() - self._opened_s) * _FRAMES_PER_S
-        ):
-            self._goodbye(ErrorCodes.ENHANCE_YOUR_CALM)
-            self._link.finish()
+        allowed = _FREE_FRAMES + self._calls * _FRAMES_PER_CALL + self._kib
+        if self._frames <= _FREE_FRAMES or self._frames <= (allowed + (self._now_s() - self._opened_s) * _FRAMES_PER_S):
+            return False
+        self._goodbye(ErrorCodes.ENHANCE_YOUR_CALM)
+        self._link.finish()
+        return True
 
     def _event(self, event: Any) -> None:
         # Any: h2's events have no common base with what is used here.
