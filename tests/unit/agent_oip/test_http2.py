@@ -107,7 +107,7 @@ class Ends:
             if isinstance(event, events.DataReceived):
                 body += event.data
             elif isinstance(event, events.ResponseReceived | events.TrailersReceived):
-                found |= dict(event.headers)
+                found |= {str(name): str(value) for name, value in event.headers}
         return body, found
 
 
