@@ -123,13 +123,14 @@ class Metrics:
         batch_us, run_us = timings.batch_us, timings.run_us
         before_us = int((timings.begun_s - timings.arrived_s) * 1e6)
         after_us = int((timings.ended_s - timings.begun_s) * 1e6)
+        copy_us = after_us - run_us - timings.others_us
         use.count += 1
         spent = use.stage_us
         queue, batch, run, copy = use.histograms
         for index, histogram, value_us in (
             (0, queue, before_us - batch_us),
             (2, run, run_us),
-            (3, copy, after_us - run_us if after_us > run_us else 0),
+            (3, copy, copy_us if copy_us > 0 else 0),
         ):
             spent[index] += value_us
             histogram.counts[bisect_left(_BUCKETS_US, value_us)] += 1

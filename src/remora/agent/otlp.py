@@ -96,7 +96,8 @@ def _ns(record: Record, at_s: float) -> int:
 def spans(record: Record, new_id: Callable[[int], bytes]) -> Iterator[otlp.Span]:
     """Yield the spans of a request: the door's, and below it one for each stage that it passed.
 
-    What is drawn as `copy` before `run` happens in part after it: the worker tells how long it ran, not when.
+    What is drawn as `copy` before `run` happens in part after it: the worker tells how long it ran, not when. The `run`
+    of a batch is that of the whole, and says what its own part was.
     """
     context, timings = record.context, record.timings
     trace_id = context.trace_id if context is not None else new_id(16)
@@ -128,7 +129,7 @@ def spans(record: Record, new_id: Callable[[int], bytes]) -> Iterator[otlp.Span]
     if timings is None:
         return
     batched_s = timings.begun_s - timings.batch_us / 1e6
-    running_s = timings.ended_s - timings.run_us / 1e6
+    running_s = timings.ended_s - (timings.run_us + timings.others_us) / 1e6
     for name, start_s, end_s in (
         ("queue", timings.arrived_s, batched_s if timings.begun_s else record.ended_s),
         ("batch", batched_s, timings.begun_s if timings.batch_us else 0.0),
@@ -144,6 +145,7 @@ def spans(record: Record, new_id: Callable[[int], bytes]) -> Iterator[otlp.Span]
                 kind=otlp.KIND_INTERNAL,
                 start_time_unix_nano=_ns(record, start_s),
                 end_time_unix_nano=max(_ns(record, start_s), _ns(record, end_s)),
+                attributes=otlp.attributes({"remora.own_us": timings.run_us} if name == "run" else {}),
                 flags=1,
             )
 

@@ -68,6 +68,17 @@ def test_an_operation_is_counted_by_tenant_model_operation_and_stage() -> None:
     assert value(text, "remora_stage_seconds_bucket", stage="run", le="0.001", **of) == 0
 
 
+def test_of_a_batch_a_request_has_its_own_part_and_the_rest_is_no_copying() -> None:
+    metrics = Metrics()
+    shared = timings(100, 2000, 6300)
+    shared.others_us = 6000
+    metrics.ran("t", "infer", "m", shared)
+    text = Exposition(metrics).text().decode()
+    for stage, spent_s in (("run", 0.002), ("copy", 0.0003)):
+        found = value(text, "remora_stage_seconds_sum", operation="infer", model="m", stage=stage)
+        assert found == pytest.approx(spent_s, abs=2e-6)
+
+
 def test_tenants_who_are_all_here_are_counted_as_others_beyond_the_bound() -> None:
     metrics = Metrics()
     for number in range(10 * MAX_TENANTS):

@@ -42,11 +42,7 @@ class Request(Protocol):
 def run_for(
     core: Core, peer: Peer, call: Request, session: Session, operation: Operation, *, reply: Reply, fail: Fail
 ) -> None:
-    """Run an operation whose inputs lie in the call's memory; exactly one of `reply` and `fail` follows.
-
-    Raises:
-        RemoraError: it cannot start; neither follows.
-    """
+    """Run an operation whose inputs lie in the call's memory; exactly one of `reply` and `fail` follows, or is over."""
     run: Run | None = None
     over = False
     trace = core.tracer.begin(call) if core.tracer is not None else None
@@ -79,10 +75,13 @@ def run_for(
     call.retain()
     try:
         run = core.execution.run(session, operation, call.release, done)
-    except BaseException as error:
+    except RemoraError as error:
         call.release()
-        if isinstance(error, RemoraError):
-            traced(error)
+        fail(error)
+        traced(error)
+        return
+    except BaseException:
+        call.release()
         raise
     if over or run is None:
         if not over:

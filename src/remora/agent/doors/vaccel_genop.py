@@ -156,7 +156,9 @@ class GenopCalls:
             watch.lap("genop > resp_write_args")
 
         def failed(error: RemoraError) -> None:
-            self._replies.fail(peer, call, explain(error) if operation.name == operations.EXEC else error)
+            self._replies.fail(
+                peer, call, explain(error) if operation.name == operations.EXEC else error, operation.model
+            )
 
         self._replies.run(peer, call, session, operation, reply, failed)
 

@@ -139,7 +139,7 @@ class ModelCalls:
         deadline_s = self._core.deadline_s(call.deadline_s)
 
         def failed(error: RemoraError) -> None:
-            self._replies.fail(peer, call, explain(error))
+            self._replies.fail(peer, call, explain(error), digest)
 
         def ready(spec: ModelSpec | RemoraError) -> None:
             if call.ended:  # the request's memory may be gone

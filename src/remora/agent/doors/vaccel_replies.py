@@ -70,7 +70,7 @@ class Replies:
         self.core.metrics.answered(NAME, call.method, peer.identity.tenant, "OK")
         call.respond(message, on_sent=on_sent)
 
-    def fail(self, peer: Peer, call: Call, error: Exception) -> None:
+    def fail(self, peer: Peer, call: Call, error: Exception, model: str = "") -> None:
         """Answer with an error: its own details, else its errno; a `BareError` has none."""
         if isinstance(error, BareError):
             known = sent = error.error
@@ -85,7 +85,7 @@ class Replies:
                 sent.details = known.details
         if call.fail(sent):
             method = call.method if call.method in vaccel.METHODS else "unknown"
-            self.core.refused(NAME, method, peer, known)
+            self.core.refused(NAME, method, peer, known, model=model)
 
     def session(self, peer: Peer, number: int) -> Session:
         """Return the caller's session of that number.
@@ -121,5 +121,5 @@ class Replies:
             session,
             operation,
             reply=reply,
-            fail=fail or (lambda error: self.fail(peer, call, error)),
+            fail=fail or (lambda error: self.fail(peer, call, error, operation.model)),
         )
