@@ -19,11 +19,21 @@ from remora.agent.identity import Identity
 from remora.agent.logs import Log, Value
 from remora.agent.peers import Peer
 from remora.agent.policy import Limits, Policy
-from remora.errors import RemoraError
+from remora.errors import NotFoundError, RemoraError
 from remora.reactor import Reactor
 from remora.workers import contract
 from remora.workers.arena import Region
-from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView, WorkerInfo
+from remora.workers.contract import (
+    Job,
+    LabelScore,
+    Measurement,
+    ModelSource,
+    ModelSpec,
+    Result,
+    TensorSpec,
+    TensorView,
+    WorkerInfo,
+)
 
 IDENTITY = Identity("sandbox:fuzz", "sandbox:fuzz", "fuzz")
 LIMITS = Limits(
@@ -77,6 +87,16 @@ class FakeInstantWorkers:
             result = Result(outputs=job.inputs, run_us=1)
         self._reactor.call_soon(lambda: done(result))
         return FakeJob(job, done)
+
+    def measure(
+        self,
+        _domain: str,
+        _key: str,
+        _shapes: Sequence[Sequence[int]],
+        _most_rows: int,
+        done: Callable[[Measurement | RemoraError], None],
+    ) -> None:
+        self._reactor.call_soon(lambda: done(NotFoundError("nothing is measured here")))
 
     def submit_together(self, jobs: Sequence[tuple[Job, Callable[[Result | RemoraError], None]]]) -> list[FakeJob]:
         return [self.submit(job, done) for job, done in jobs]

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from remora.errors import CancelledError, RemoraError, ResourceExhaustedError
 from remora.workers import contract
 from remora.workers.arena import Region
-from remora.workers.contract import Job, ModelSource, ModelSpec, Result, TensorSpec, WorkerInfo
+from remora.workers.contract import Job, Measurement, ModelSource, ModelSpec, Result, TensorSpec, WorkerInfo
 
+#: Model, one row of each input, most rows, and what to call with the result.
+Measure = tuple[str, list[tuple[int, ...]], int, Callable[[Measurement | RemoraError], None]]
 Done = Callable[[Result | RemoraError], None]
 
 
@@ -49,6 +51,7 @@ class FakeWorkers:
     released: list[str] = field(default_factory=list)
     pending_loads: list[Callable[[], None]] = field(default_factory=list)
     hold_loads: bool = False
+    measures: list[Measure] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     allocated_bytes: int = 0
     closed: bool = False
@@ -100,6 +103,16 @@ class FakeWorkers:
         pending = FakeJob(job, done)
         self.jobs.append(pending)
         return pending
+
+    def measure(
+        self,
+        domain: str,
+        key: str,
+        shapes: Sequence[Sequence[int]],
+        most_rows: int,
+        done: Callable[[Measurement | RemoraError], None],
+    ) -> None:
+        self.measures.append((key, [tuple(shape) for shape in shapes], most_rows, done))
 
     def submit_together(self, jobs: Sequence[tuple[Job, Done]]) -> list[FakeJob]:
         self.batches.append(len(jobs))

@@ -20,6 +20,7 @@ from remora.agent.libraries import Libraries
 from remora.agent.logs import Log
 from remora.agent.metrics import Metrics
 from remora.agent.models import CatalogueEntry, Models
+from remora.agent.notebook import Notebook
 from remora.agent.peers import Peer, Peers
 from remora.agent.policy import Policy
 from remora.agent.quotas import Quotas
@@ -29,6 +30,7 @@ from remora.agent.sessions import Session, Sessions
 from remora.agent.sharing import Sharing
 from remora.agent.store import Store
 from remora.agent.tracing import Tracer
+from remora.agent.tuning import Tuning
 from remora.errors import RemoraError
 from remora.reactor import Reactor
 from remora.workers.contract import Workers
@@ -65,10 +67,14 @@ class Core:
         self.sessions = Sessions(self.journal, self.store, policy.limits, time.monotonic, self._session_ended)
         self.quotas = Quotas(policy.rules, time.monotonic)
         self.libraries = Libraries(workers, self.store, self.quotas, policy.workers.libraries, time.monotonic)
-        self.models = Models(catalogue, workers, self.store, self.sessions, self.disk)
+        notebook = Notebook(state / "models.json", self.disk)
+        self.tuning = Tuning(workers, notebook, policy.workers, time.monotonic)
+        self.models = Models(catalogue, workers, self.store, self.sessions, self.disk, self.tuning)
         self.scheduler = FairScheduler(
             workers.slots, time.monotonic, policy.limits.queue_length_per_tenant, reactor.call_later
         )
+        self.scheduler.on_idle = self.tuning.idle
+        self.tuning.seed = self.scheduler.seed
         self.answers = Answers(policy.limits)
         self.models.terms = lambda session: self.quotas.terms(session.owner, session.tenant)
         self.sessions.quotas = self.store.quotas = self.quotas
@@ -244,6 +250,7 @@ class Core:
         self.reactor.call_later(_SWEEP_S, self._sweep)
         self.sessions.expire()
         self.scheduler.expire()
+        self.tuning.sweep()
         self.log.sweep()
         self.store.tidy()
         self.libraries.sweep()

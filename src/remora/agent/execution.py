@@ -199,7 +199,7 @@ class Execution:
             terms.share,
         )
         ticket.owner = run
-        ticket.plan = self._models.plan(domain, run.operation.model)
+        ticket.plan = self._models.plan(domain, run.operation)
         if ticket.plan.rows > 1:
             ticket.form, ticket.rows = form_of(run.operation)
         self._scheduler.submit(ticket)

@@ -6,13 +6,14 @@ A model is loaded when it is first asked for, also after a restart of the agent:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from remora.agent import files
 from remora.agent.disk import DiskPool
-from remora.agent.operations import is_digest
+from remora.agent.operations import Operation, is_digest
 from remora.agent.rules import UNBOUNDED, Terms
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
@@ -123,6 +124,7 @@ class Models:
         store: Store,
         sessions: Sessions,
         disk: DiskPool,
+        tuning: Tuning,
     ) -> None:
         self._catalogue = catalogue
         self._workers = workers
@@ -131,7 +133,7 @@ class Models:
         self._disk = disk
         #: What policy grants to a session.
         self.terms: Callable[[Session], Terms] = lambda _session: UNBOUNDED
-        self.tuning = Tuning()
+        self.tuning = tuning
         self._loaded: dict[tuple[str, str], ModelSpec] = {}
         self._waiting: dict[tuple[str, str], list[SpecDone]] = {}
 
@@ -180,9 +182,9 @@ class Models:
         """Return what is in the memory of workers, by trust domain and model."""
         return self._loaded
 
-    def plan(self, domain: str, model: str) -> Plan:
-        """Return how a loaded model is run."""
-        return self.tuning.plan((domain, model))
+    def plan(self, domain: str, operation: Operation) -> Plan:
+        """Return how a request for a loaded model is run."""
+        return self.tuning.plan((domain, operation.model), operation)
 
     def loaded(self, domain: str, model: str) -> bool:
         return (domain, model) in self._loaded
@@ -218,7 +220,7 @@ class Models:
             if error is not None:
                 self._answer(key, error)
             else:
-                self._workers.load(key[0], source, lambda spec: self._answer(key, _as_declared(source, spec), source))
+                self._load(key, source)
 
         def verify() -> None:
             files.ResourceFiles.verify(source.path, source.digest)
@@ -240,19 +242,27 @@ class Models:
             except RemoraError as error:
                 self._answer(key, error)
                 return
-            self._workers.load(tenant, source, lambda spec: self._answer(key, spec, source))
+            self._load(key, source)
 
         try:
             self._store.open(tenant, digest, opened)
         except RemoraError as error:
             self._answer(key, error)
 
-    def _answer(
-        self, key: tuple[str, str], outcome: ModelSpec | RemoraError, source: ModelSource | None = None
-    ) -> None:
+    def _load(self, key: tuple[str, str], source: ModelSource) -> None:
+        began_s = time.monotonic()
+
+        def loaded(found: ModelSpec | RemoraError) -> None:
+            outcome = _as_declared(source, found)
+            if isinstance(outcome, ModelSpec):
+                self.tuning.loaded(key, source, outcome, time.monotonic() - began_s)
+            self._answer(key, outcome)
+
+        self._workers.load(key[0], source, loaded)
+
+    def _answer(self, key: tuple[str, str], outcome: ModelSpec | RemoraError) -> None:
         waiting = self._waiting.pop(key, [])
-        if isinstance(outcome, ModelSpec) and source is not None:
-            self.tuning.loaded(key, source, outcome)
+        if isinstance(outcome, ModelSpec):
             self._loaded[key] = outcome
         for done in waiting:
             done(outcome)
@@ -309,6 +319,7 @@ class Models:
 
     def forget_domain(self, domain: str) -> None:
         """The domain's workers are gone."""
+        self.tuning.forget_domain(domain)
         for key in [key for key in self._loaded if key[0] == domain]:
             del self._loaded[key]
             self.tuning.forget(key)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from remora.agent.hints import with_retry
@@ -129,7 +129,7 @@ class FairScheduler:
             worker = self._workers[key[0]] = WorkerLanes(key[0])
         return worker, worker.lane(key[1])
 
-    def seed(self, key: Lane, curve: dict[int, float]) -> None:
+    def seed(self, key: Lane, curve: Mapping[int, float]) -> None:
         """Tell what runs of a model are known to take: rows -> microseconds."""
         self._lane(key)[1].times.seed(curve)
 

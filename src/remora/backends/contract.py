@@ -104,6 +104,8 @@ class Backend(Protocol):
     """Turns the bytes of a model file into a model."""
 
     name: str
+    #: Of what runs the models: measurements are kept by it.
+    version: str
 
     def load(self, data: bytes, device: str, limits: Limits) -> LoadedModel:
         """Vet and load a model file for `auto`, `cpu` or `cuda:N`.

@@ -270,6 +270,7 @@ class OnnxBackend:
     """The backend for `.onnx` files."""
 
     name = "onnx"
+    version = f"onnxruntime {ort.__version__}"
 
     def load(self, data: bytes, device: str, limits: Limits) -> OnnxModel:
         exposed = exposure(vet(data, limits))

@@ -59,7 +59,24 @@ class ModelSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     device: str  # "cpu", "cuda:0"
+    #: What its worker grew by, or more where the backend knows of more.
     memory_bytes: int
+    #: Backend and its version.
+    backend: str = ""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a worker measured of a model on samples."""
+
+    #: Rows of a run -> microseconds.
+    curve: Mapping[int, float]
+    #: Threads that run it at once -> runs a second, one row each.
+    threads: Mapping[int, float]
+    #: The outputs of some rows do not depend on the others: requests may be joined.
+    independent: bool
+    #: What the worker has grown by since before the model was loaded.
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +199,20 @@ class Workers(Protocol):
         """Load a model into the domain's worker, starting one if needed; loading it twice is no work."""
 
     def unload(self, domain: str, key: str) -> None: ...
+
+    def measure(
+        self,
+        domain: str,
+        key: str,
+        shapes: Sequence[Sequence[int]],
+        most_rows: int,
+        done: Callable[[Measurement | RemoraError], None],
+    ) -> None:
+        """Measure a loaded model beside its work, within `WorkerSettings.calibrate_ms`.
+
+        Args:
+            shapes: One row of each input, in the order of the model's spec, no size open.
+        """
 
     def submit(self, job: Job, done: Callable[[Result | RemoraError], None]) -> JobHandle: ...
 

@@ -10,13 +10,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import count
 
 from remora.errors import (
-    AbortedError,
-    CancelledError,
     DeadlineExceededError,
     FailedPreconditionError,
     NotFoundError,
@@ -27,10 +22,11 @@ from remora.errors import (
 )
 from remora.reactor import Reactor, Timer
 from remora.workers.arena import SharedMemory
-from remora.workers.contract import LIBRARY, ModelSource, ModelSpec, Result
+from remora.workers.contract import ModelSource, Result
 from remora.workers.jobs import MODELLESS, PendingJob, aligned
 from remora.workers.process import WorkerProcess
-from remora.workers.protocol import Message, error_of, pack, specs_of, text, whole
+from remora.workers.protocol import Message, error_of, pack, whole
+from remora.workers.residents import LoadDone, Residents
 from remora.workers.settings import WorkerSettings
 
 _MOST_US = 1 << 40
@@ -38,17 +34,6 @@ _MOST_US = 1 << 40
 _HEALTHY_S = 10.0
 _FAILED_STARTS = 3
 _MOST_SIZES = 1024
-LoadDone = Callable[[ModelSpec | RemoraError], None]
-
-
-@dataclass
-class _Model:
-    source: ModelSource
-    spec: ModelSpec | None = None  # what it turned out to be, also while a new worker loads it again
-    state: str = "wanted"  # wanted -> loading -> loaded
-    number: int = 0  # of the load, in this worker's protocol
-    deaths: int = 0
-    waiters: list[LoadDone] = field(default_factory=list)
 
 
 class Domain:
@@ -76,8 +61,7 @@ class Domain:
         self._reactor = reactor
         self._settings = settings
         self._take = take
-        self._models: dict[str, _Model] = {}
-        self._numbers = count(1)
+        self.residents = Residents(reactor, settings, self._model_gone, self._advance)
         self._arenas: dict[int, bool] = {}  # id -> mapped by the worker
         self._sizes: dict[tuple[object, ...], int] = {}
         self._backoff_s = 0.0
@@ -85,93 +69,11 @@ class Domain:
         self._restart: Timer | None = None
         self._blameless = False
 
-    # -- models -------------------------------------------------------------------------------------------------------
-
     def load(self, source: ModelSource, done: LoadDone) -> None:
-        model = self._models.get(source.key)
-        if model is not None and model.source.digest != source.digest:
-            self.unload(source.key)
-            model = None
-        if model is None:
-            model = self._models[source.key] = _Model(source)
-        if model.state == "loaded" and model.spec is not None:
-            spec = model.spec
-            self._reactor.call_soon(lambda: done(spec))
-            return
-        model.waiters.append(done)
-        self._advance()
+        self.residents.want(source, done)
 
-    def unload(self, key: str) -> None:
-        model = self._models.pop(key, None)
-        if model is None:
-            return
-        if self.process is not None and model.state != "wanted":
-            self.process.tell({"t": "unload", "m": model.number})
-        self._give_up_model(model, CancelledError(f"model {key} was unloaded while it was loading"))
-
-    def models(self) -> tuple[str, ...]:
-        return tuple(key for key, model in self._models.items() if model.state == "loaded")
-
-    def device(self) -> str:
-        devices = {model.spec.device for model in self._models.values() if model.spec is not None}
-        return ",".join(sorted(devices)) or "none"
-
-    def _send_load(self, process: WorkerProcess, model: _Model) -> None:
-        source = model.source
-        if source.format == LIBRARY:
-            model.state = "loading"
-            model.number = next(self._numbers)
-            digests = [*(digest for digest, _path in source.needs), source.digest]
-            process.tell({"t": "load", "m": model.number, "key": source.key, "format": LIBRARY, "digests": digests})
-            # Its own code runs while it is loaded (constructors), and may never come back.
-            self._reactor.call_later(self._settings.start_s, lambda: self._end_load(process, model))
-            return
-        try:
-            fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            problem = NotFoundError(f"the file of model {source.key} cannot be opened: {error.strerror}")
-            self._give_up_model(model, problem)
-            return
-        model.state = "loading"
-        model.number = next(self._numbers)
-        manifest = {key: source.manifest[key] for key in ("preprocess", "scores") if key in source.manifest}
-        message = {"t": "load", "m": model.number, "key": source.key, "format": source.format, "digest": source.digest}
-        process.tell({**message, "task": source.task, "manifest": manifest}, fd)
-
-    def _end_load(self, process: WorkerProcess, model: _Model) -> None:
-        if self.process is process and model.state == "loading":
-            process.kill("its library was not loaded in time")
-
-    def _loaded(self, message: Message) -> None:
-        number = whole(message.get("m"), "model", 1 << 62)
-        model = next((model for model in self._models.values() if model.number == number), None)
-        if model is None or model.state != "loading":
-            return  # unloaded meanwhile
-        if message["t"] == "refused":
-            self._give_up_model(model, error_of(message.get("error")))
-            return
-        model.spec = ModelSpec(
-            key=model.source.key,
-            task=model.source.task,
-            inputs=specs_of(message.get("inputs")),
-            outputs=specs_of(message.get("outputs")),
-            device=text(message.get("device"), "device"),
-            memory_bytes=whole(message.get("mem"), "memory size", 1 << 50),
-        )
-        model.state = "loaded"
-        self._answer_load(model, model.spec)
-        self._advance()
-
-    def _answer_load(self, model: _Model, outcome: ModelSpec | RemoraError) -> None:
-        waiters, model.waiters = model.waiters, []
-        for done in waiters:
-            self._reactor.call_soon(partial(done, outcome))
-
-    def _give_up_model(self, model: _Model, error: RemoraError) -> None:
-        """Forget a model, and answer whoever waits for it."""
-        self._models.pop(model.source.key, None)
-        self._answer_load(model, error)
-        for pending in [job for job in self.waiting if job.job.model == model.source.key]:
+    def _model_gone(self, key: str, error: RemoraError) -> None:
+        for pending in [job for job in self.waiting if job.job.model == key]:
             self.waiting.remove(pending)
             pending.finish(error, self._reactor.call_soon)
 
@@ -204,7 +106,7 @@ class Domain:
 
     def _accept(self, pending: PendingJob) -> bool:
         """Begin to watch a job's deadline; False if it was answered at once."""
-        model = self._models.get(pending.job.model)
+        model = self.residents.get(pending.job.model)
         if model is None and pending.job.operation not in MODELLESS:
             problem = NotFoundError(f"model {pending.job.model} is not loaded", fix="load it first")
             pending.finish(problem, self._reactor.call_soon)
@@ -256,7 +158,7 @@ class Domain:
             if memory is not None and not self._mapped(memory):
                 return None
         if pending.job.operation not in MODELLESS:
-            model = self._models.get(pending.job.model)
+            model = self.residents.get(pending.job.model)
             if model is None or model.state != "loaded":
                 return None
             spec, number = model.spec, model.number
@@ -290,7 +192,7 @@ class Domain:
         if message["t"] == "failed":
             outcome = error_of(message.get("error"))
         else:
-            model = self._models.get(pending.job.model)
+            model = self.residents.get(pending.job.model)
             outcome = pending.result(message, model.source if model is not None else None, run_us)
         del self.jobs[pending.id]
         if isinstance(outcome, Result) and "all" in message:
@@ -330,13 +232,12 @@ class Domain:
         """Do what can be done now: start a process, load what is wanted, hand out jobs in order."""
         process = self.process
         if process is None:
-            if self._restart is None and (self.waiting or self._models):
+            if self._restart is None and (self.waiting or self.residents):
                 self._restart = self._reactor.call_later(self._backoff_s, self._launch)
             return
         if not process.ready:
             return
-        for model in [model for model in self._models.values() if model.state == "wanted"]:
-            self._send_load(process, model)
+        self.residents.send_wanted(process)
         for _ in range(len(self.waiting)):
             pending = self.waiting.popleft()
             if not self._start(pending):
@@ -369,7 +270,9 @@ class Domain:
         if kind in ("done", "failed", "need"):
             self._answered(message)
         elif kind in ("loaded", "refused"):
-            self._loaded(message)
+            self.residents.loaded(message)
+        elif kind == "measured":
+            self.residents.measured(message)
         elif kind == "arena":
             if self._arenas.get(whole(message.get("id"), "arena", 1 << 62)) is False:
                 self._arenas[message["id"]] = True
@@ -399,26 +302,16 @@ class Domain:
             else:
                 pending.finish(error, self._reactor.call_soon)
         self.waiting.extendleft(reversed(survivors))
-        for model in list(self._models.values()):
-            # A model that was loaded before is not what kills workers while they start again: it is not given up.
-            if model.state == "loading" and (model.spec is None or model.source.format == LIBRARY):
-                model.deaths += 1
-            model.state = "wanted"
-            if model.source.format == LIBRARY and model.deaths:
-                self._give_up_model(model, AbortedError(f"the library's worker died while it loaded it: {reason}"))
-            elif model.deaths >= 2:
-                self._give_up_model(model, AbortedError(f"two workers died while they loaded this model: {reason}"))
+        self.residents.died(reason)
         if self._failed_starts >= _FAILED_STARTS:
             self._failed_starts = 0
             fix = "see the agent's log; `bwrap` and the Python packages of remora[node] must work for this user"
             self._fail_all(FailedPreconditionError(f"workers do not start: {reason}", fix=fix))
-        elif survivors or self._models or self.waiting:
+        elif survivors or self.residents or self.waiting:
             self._advance()
 
     def _fail_all(self, error: RemoraError) -> None:
-        for model in list(self._models.values()):
-            if model.waiters:
-                self._give_up_model(model, error)
+        self.residents.fail_waiters(error)
         waiting, self.waiting = self.waiting, deque()
         for pending in waiting:
             pending.finish(error, self._reactor.call_soon)
@@ -434,4 +327,4 @@ class Domain:
         for pending in in_flight.values():
             pending.finish(pending.error or error, self._reactor.call_soon)
         self._fail_all(error)
-        self._models.clear()
+        self.residents.clear()

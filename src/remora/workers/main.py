@@ -42,6 +42,7 @@ from remora.errors import (
     ResourceExhaustedError,
 )
 from remora.workers import seccomp
+from remora.workers.calibration import calibrate
 from remora.workers.contract import LIBRARY
 from remora.workers.joining import JoinedRun, Member
 from remora.workers.layout import Layout
@@ -64,6 +65,7 @@ class Worker:
         self._control = control
         self._limits = limits
         self._device = "auto"
+        self._threads = 1
         self._control_lock = threading.Lock()
         self._arenas: dict[int, mmap.mmap] = {}
         self._models: dict[int, tuple[LoadedModel, Classifier | None]] = {}
@@ -106,6 +108,9 @@ class Worker:
             threading.Thread(target=self._load, args=(message, fd), daemon=True).start()
         elif kind == "unload":
             self._models.pop(message["m"], None)
+            trim_memory()
+        elif kind == "measure":
+            threading.Thread(target=self._measure, args=(message,), daemon=True).start()
         elif kind == "assign":
             self._assign(message)
 
@@ -113,6 +118,7 @@ class Worker:
         if message["memory"]:
             resource.setrlimit(resource.RLIMIT_AS, (message["memory"], message["memory"]))
         self._device = message["device"]
+        self._threads = message["threads"]
         for number in range(message["threads"]):
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
 
@@ -125,7 +131,8 @@ class Worker:
                 raise InvalidArgumentError(f"the model file is larger than {self._limits.model_bytes} bytes")
             if f"sha256:{hashlib.sha256(data).hexdigest()}" != message["digest"]:
                 raise DataLossError(f"the file of model {key} is not the one with digest {message['digest']}")
-            model = _BACKENDS[message["format"]]().load(data, self._device, self._limits)
+            backend = _BACKENDS[message["format"]]()
+            model = backend.load(data, self._device, self._limits)
             classify = message["task"] == "classification"
             self._models[number] = model, Classifier.from_manifest(model, message["manifest"]) if classify else None
             answer: Message = {
@@ -134,6 +141,7 @@ class Worker:
                 "inputs": [[spec.name, spec.dtype, spec.shape] for spec in model.inputs],
                 "outputs": [[spec.name, spec.dtype, spec.shape] for spec in model.outputs],
                 "device": model.device,
+                "by": f"{backend.name} {backend.version}",
                 "mem": model.memory_bytes,
             }
         except RemoraError as error:
@@ -144,6 +152,17 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - the border of a hostile model: reported, never swallowed
             answer = {"t": "refused", "m": number, "error": error_parts(_unexpected(error))}
         self._tell(answer)
+
+    def _measure(self, message: Message) -> None:
+        number = message["m"]
+        try:
+            model = self._model(message)
+            found = calibrate(model, message["shapes"], self._threads, message["most"], message["ms"] / 1000)
+            self._tell({"t": "measured", "m": number, **found})
+        except RemoraError as error:
+            self._tell({"t": "measured", "m": number, "error": error_parts(error)})
+        except Exception as error:  # noqa: BLE001 - a model that fails on samples may be right about them
+            self._tell({"t": "measured", "m": number, "error": error_parts(_unexpected(error))})
 
     def _load_library(self, message: Message) -> None:
         """Load the one library that this process is for; from then on no file is opened."""
@@ -376,6 +395,12 @@ class Worker:
             )
         job["b"], job["off"], job["len"] = place
         return self._arenas[arena], start
+
+
+def trim_memory() -> None:
+    """Give memory that is free back to the kernel: the C library would keep it for the next allocation."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _array(memory: mmap.mmap, dtype: str, shape: Sequence[int], offset: int) -> Array:

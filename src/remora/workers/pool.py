@@ -18,9 +18,10 @@ from remora.workers.arena import Arena, ArenaBlock, Region
 from remora.workers.cells import Cells
 from remora.workers.contract import LIBRARY, SHARED, Job, ModelSource, WorkerInfo, library_domain
 from remora.workers.contract import Region as SharedRegion
-from remora.workers.domain import Domain, LoadDone
+from remora.workers.domain import Domain
 from remora.workers.jobs import Done, PendingJob
 from remora.workers.process import WorkerProcess, memory_bytes
+from remora.workers.residents import LoadDone, MeasureDone
 from remora.workers.settings import WorkerSettings
 
 _OPERATIONS = ("infer", "classify", "compute", "exec", "noop")
@@ -100,7 +101,17 @@ class WorkerPool:
 
     def unload(self, domain: str, key: str) -> None:
         if domain in self._domains:
-            self._domains[domain].unload(key)
+            self._domains[domain].residents.unload(key)
+
+    def measure(
+        self,
+        domain: str,
+        key: str,
+        shapes: Sequence[Sequence[int]],
+        most_rows: int,
+        done: MeasureDone,
+    ) -> None:
+        self._domain(domain).residents.measure(key, shapes, most_rows, done)
 
     def submit(self, job: Job, done: Done) -> _Handle:
         if job.operation not in _OPERATIONS:
@@ -225,9 +236,9 @@ class WorkerPool:
             pid=process.pid,
             domain=domain.name if domain is not None else "",
             backend=LIBRARY if domain is not None and f" {LIBRARY} " in domain.name else "onnx",
-            models=domain.models() if domain is not None else (),
+            models=domain.residents.names() if domain is not None else (),
             busy=len(domain.jobs) if domain is not None else 0,
             restarts=domain.restarts if domain is not None else 0,
-            device=domain.device() if domain is not None else "none",
+            device=domain.residents.device() if domain is not None else "none",
             memory_bytes=memory_bytes(process.pid),
         )

@@ -7,8 +7,10 @@ thread, so there is no dispatcher between), and a cancel still arrives when all 
 control, agent -> worker       assign{shared, memory, threads, device}  arena{id, size}+fd  drop{id}
                                load{m, key, format, digest, task, manifest}+fd  unload{m}
                                load{m, key, format, digests}              a library: its files are at library_path(n)
+                               measure{m, shapes, most, ms}
                                cancel{id}  block{id, b, off, len}         answer to `need`; len 0: refused
-control, worker -> agent       hello{}  arena{id}  loaded{m, inputs, outputs, device, mem}  refused{m, error}
+control, worker -> agent       hello{}  arena{id}  loaded{m, inputs, outputs, device, by, mem}  refused{m, error}
+                               measured{m, curve, threads, rows}  measured{m, error}
 jobs, agent -> worker          noop{id}  infer{id, m, a, in, b, out, off, len, shared}
                                classify{id, m, a, off, len, top}
                                compute{id, f, n, a, in, out, off}         function, numbers; `out` are specs
@@ -35,7 +37,7 @@ from typing import Any
 
 from remora.errors import ProtocolError, RemoraError, from_code
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.contract import TensorSpec
+from remora.workers.contract import Measurement, TensorSpec
 
 MAX_MESSAGE_BYTES = 64 * 1024
 #: First byte of a pack; no single datagram begins with it.
@@ -44,6 +46,7 @@ _LENGTH = struct.Struct("<I")
 MAX_DIMENSIONS = 16
 _MAX_TEXT = 1000
 _MAX_SPECS = 256
+_MAX_POINTS = 64
 
 #: A JSON object, before it is checked.
 Message = dict[str, Any]
@@ -208,6 +211,24 @@ def labels_of(value: object, classes: int, top: int) -> list[tuple[int, float]]:
             raise ProtocolError("the worker sent an impossible score")
         ranking.append((index, float(score)))
     return ranking
+
+
+def measurement_of(message: Message, memory_bytes: int) -> Measurement:
+    """Return what a worker measured, each number within reason."""
+    times, rates = message.get("curve"), message.get("threads")
+    if not isinstance(times, list) or not isinstance(rates, list) or max(len(times), len(rates)) > _MAX_POINTS:
+        raise ProtocolError("the worker sent an impossible measurement")
+    curve = {}
+    for item in times:
+        rows, run_us = _sequence(item, "measurement", 2)
+        curve[whole(rows, "number of rows", 1 << 20)] = float(whole(run_us, "time", 1 << 40))
+    threads = {}
+    for item in rates:
+        count, rate = _sequence(item, "measurement", 2)
+        if not isinstance(rate, float | int) or not 0 <= rate < 1e9:
+            raise ProtocolError("the worker sent an impossible rate")
+        threads[whole(count, "number of threads", 1 << 16)] = float(rate)
+    return Measurement(curve, threads, message.get("rows") is True, memory_bytes)
 
 
 def _sequence(value: object, what: str, length: int) -> list[Any]:

@@ -41,6 +41,8 @@ class WorkerSettings:
     libraries: int = 4
     model_bytes: int = 1024 * _MIB
     image_pixels: int = 64_000_000
+    #: How long a model is measured once it is loaded, to choose how it is run; 0: not at all.
+    calibrate_ms: int = 1000
     #: How long a job that was told to stop may go on before its worker is killed.
     stop_grace_s: float = 0.5
     #: How long a worker may take to start.
@@ -66,7 +68,7 @@ class WorkerSettings:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"worker setting {name} is {getattr(self, name)}", fix="use 1 or more")
-        for name in ("standby", "tenant_memory_bytes", "shared_memory_bytes"):
+        for name in ("standby", "calibrate_ms", "tenant_memory_bytes", "shared_memory_bytes"):
             if getattr(self, name) < 0:
                 raise InvalidArgumentError(f"worker setting {name} is {getattr(self, name)}", fix="use 0 or more")
         if self.output_bytes > self.arena_bytes:
