@@ -74,6 +74,7 @@ class Log:
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE_LENGTH)
         #: By tenant and level: sessions that come and go must not crowd out refusals.
         self._budgets: dict[tuple[str, str], _Budget] = {}
+        self._silenced: set[tuple[str, str]] = set()
         #: Lines that were lost, and lines that tenants had no budget for.
         self.dropped = 0
         self.suppressed = 0
@@ -96,6 +97,7 @@ class Log:
             budget = self._budgets[tenant, level] = _Budget(now_s)
         if not budget.take(now_s):
             self.suppressed += 1
+            self._silenced.add((tenant, level))
             return
         if budget.suppressed:
             fields["suppressed_before"] = budget.suppressed
@@ -105,8 +107,11 @@ class Log:
     def sweep(self) -> None:
         """Say what was left out for tenants who have since been quiet; called now and then."""
         now_s = time.monotonic()
-        for (tenant, level), budget in self._budgets.items():
-            if budget.suppressed and now_s - budget.at_s > _QUIET_S:
+        for tenant, level in list(self._silenced):
+            budget = self._budgets.get((tenant, level))
+            if budget is None or not budget.suppressed:
+                self._silenced.discard((tenant, level))
+            elif now_s - budget.at_s > _QUIET_S:
                 self._put(level, "lines left out", {"tenant": tenant, "suppressed_before": budget.suppressed})
                 budget.suppressed = 0
 

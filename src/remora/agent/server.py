@@ -147,7 +147,6 @@ class Agent:
         pages = {"/metrics": self._metrics_page, "/healthz": self._health_page, "/readyz": self._ready_page}
         self._http = HttpServer(self._reactor, pages)
         listener = self._listen(address, _OWNER_MODE, self._http.serve)
-        self.core.disk.insist("metrics", self.core.exposition.prepare)
         self.metrics_address = f"tcp://{address.host}:{listener.port}" if listener.port else address.text
 
     def _listen(self, address: Address, mode: int, on_connection: Callable[[socket.socket], None]) -> Listener:

@@ -94,6 +94,18 @@ def test_grpc_metadata_carries_the_context_too(traced: AgentProcess, receiver: R
     wait_until(lambda: any(span.name == "oip_grpc/ModelInfer" for span in receiver.spans), "the span arrives")
 
 
+def test_vaccels_metadata_carries_the_context_too(traced: AgentProcess, receiver: Receiver) -> None:
+    service = vaccel.SERVICES[0]
+    with Client(traced.connect()) as client:
+        made = client.call(service, "CreateSession", vaccel.SessionCreateRequest(), vaccel.SessionCreateResponse)
+        request = vaccel.ImageRequest(session_id=made.session_id, image=b"no picture")
+        with pytest.raises(RemoraError):
+            client.call(
+                service, "ImageClassification", request, vaccel.ImageResponse, metadata={"traceparent": TRACEPARENT}
+            )
+    wait_until(lambda: any(span.name == "vaccel/ImageClassification" for span in receiver.spans), "the span arrives")
+
+
 def test_a_message_that_is_too_large_is_refused_in_the_log(traced: AgentProcess) -> None:
     with Guest(traced.connect()) as guest, pytest.raises(ResourceExhaustedError):
         guest.call("Noop", remora_v1.NoopRequest(data=bytes(5_000_000)), remora_v1.NoopResponse)

@@ -133,6 +133,13 @@ def test_gauges_of_tenants_without_series_of_their_own_are_added_up(core: Core) 
     assert value(text, "remora_attachments") == 3
 
 
+def test_any_name_is_written_as_prometheus_reads_it() -> None:
+    odd = 'a"b\\c\nd}e,f=g'
+    metrics = Metrics()
+    metrics.refused(odd, "r")
+    assert value(Exposition(metrics).text().decode(), "remora_refusals_total", tenant=odd, rule="r") == 1
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_follow_prometheus_conventions(name: str) -> None:
     kind, labels = FAMILIES[name].kind, FAMILIES[name].labels

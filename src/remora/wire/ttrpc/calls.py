@@ -263,6 +263,8 @@ class Calls:
             if call.deadline_s <= now_s:
                 error = DeadlineExceededError(f"{call.service}/{call.method}: the deadline passed before the answer")
                 self.connection.transmit(error_frame(call.stream_id, error))
+                if call._on_cancel is None:  # its handler will not know
+                    self.connection.refused(error)
                 call._cancel(error)
             elif next_s is None or call.deadline_s < next_s:
                 next_s = call.deadline_s
