@@ -162,6 +162,15 @@ def _hello(pair: Pair, token: Any) -> bytes:
     return hello.to_bytes()
 
 
+def _share(pair: Pair, token: Any) -> bytes:
+    """Ask for the memory of a session, on a connection without one."""
+    raw = RawTtrpc(pair.bob_path)
+    try:
+        return raw.call(remora_v1.SERVICE, "Share", remora_v1.ShareRequest(token=token, size_bytes=1 << 20))
+    finally:
+        raw.close()
+
+
 def _upload_end(pair: Pair, digest: Any) -> bytes:
     """Claim to have sent all but the last byte."""
     request = remora_v1.PutResourceRequest(digest=digest, offset=99, total_bytes=100, data=b"x")
@@ -228,6 +237,7 @@ def _run_request(method: str, session: int, model: int) -> Message:
 
 PROBES: tuple[Probe, ...] = (
     Probe("native", "Hello", "token", _hello),
+    Probe("native", "Share", "token", _share),
     Probe(
         "native", "StatResource", "digest", _native("StatResource", lambda n: remora_v1.StatResourceRequest(digest=n))
     ),

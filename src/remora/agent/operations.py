@@ -82,26 +82,31 @@ def check_model(name: str) -> str:
     return name
 
 
+def _size_bytes(name: str, dtype: str, shape: Sequence[int]) -> int:
+    """Return how many bytes a tensor has. Raises as `tensor`."""
+    if len(name) > MAX_NAME:
+        raise InvalidArgumentError(f"the tensor name {name[:40]!r}... is longer than {MAX_NAME} characters")
+    size_bytes = DTYPES.get(dtype)
+    if size_bytes is None:
+        raise InvalidArgumentError(
+            f"tensor {name!r} has the unknown dtype {dtype[:40]!r}", fix=f"use one of {', '.join(DTYPES)}"
+        )
+    if len(shape) > MAX_RANK:
+        raise InvalidArgumentError(f"tensor {name!r} has {len(shape)} dimensions, at most {MAX_RANK} are allowed")
+    for size in shape:
+        if size < 0:
+            raise InvalidArgumentError(f"tensor {name!r} has a negative size in its shape {list(shape)}")
+        size_bytes *= size
+    return size_bytes
+
+
 def tensor(name: str, dtype: str, shape: Sequence[int], data: bytes | memoryview) -> TensorView:
     """Return a checked tensor.
 
     Raises:
         InvalidArgumentError: unknown dtype, rank above 16, a negative size, or bytes that are not shape times dtype.
     """
-    if len(name) > MAX_NAME:
-        raise InvalidArgumentError(f"the tensor name {name[:40]!r}... is longer than {MAX_NAME} characters")
-    element_bytes = DTYPES.get(dtype)
-    if element_bytes is None:
-        raise InvalidArgumentError(
-            f"tensor {name!r} has the unknown dtype {dtype[:40]!r}", fix=f"use one of {', '.join(DTYPES)}"
-        )
-    if len(shape) > MAX_RANK:
-        raise InvalidArgumentError(f"tensor {name!r} has {len(shape)} dimensions, at most {MAX_RANK} are allowed")
-    expected = element_bytes
-    for size in shape:
-        if size < 0:
-            raise InvalidArgumentError(f"tensor {name!r} has a negative size in its shape {list(shape)}")
-        expected *= size
+    expected = _size_bytes(name, dtype, shape)
     if expected != len(data):
         raise InvalidArgumentError(
             f"tensor {name!r} of shape {list(shape)} and dtype {dtype} has {expected} bytes, {len(data)} were sent",
@@ -127,10 +132,8 @@ def shared_part(region: Region, offset: int, size_bytes: int, what: str) -> memo
 
 def shared_tensor(region: Region, name: str, dtype: str, shape: Sequence[int], offset: int) -> TensorView:
     """Return a checked tensor whose bytes lie in the memory that a client shares."""
-    size_bytes = DTYPES.get(dtype, 0)
-    for size in shape:
-        size_bytes *= size
-    return tensor(name, dtype, shape, shared_part(region, offset, max(0, size_bytes), "a tensor"))
+    size_bytes = _size_bytes(name, dtype, shape)  # before anything is multiplied or written of a shape of thousands
+    return tensor(name, dtype, shape, shared_part(region, offset, size_bytes, "a tensor"))
 
 
 def infer(

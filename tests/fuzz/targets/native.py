@@ -12,6 +12,7 @@ from remora.errors import UnavailableError
 from remora.wire import remora_v1 as v1
 from remora.wire.protobuf import Message
 from remora.wire.ttrpc.calls import Call, Calls
+from remora.workers.arena import Region
 from targets.ttrpc_frames import Wire
 
 _METHODS = tuple(v1.METHODS)
@@ -31,8 +32,11 @@ def _peer() -> Peer:
     """Return a peer with a session: a new one where a case has closed it."""
     while not _peers or _peers[0].session is None or _peers[0].session.ended:
         if _peers:
-            agent().core.peers.leave(_peers.pop())
+            gone = _peers.pop()
+            gone.regions = None
+            agent().core.peers.leave(gone)
         peer = agent().join()
+        peer.regions = {1: Region(peer.identity.tenant, 1 << 20)}
         _calls, hello = call(peer, v1.SERVICE, "Hello", v1.HelloRequest(version=1).to_bytes())
         _door.handle(peer, hello)
         agent().turn(partial(getattr, hello, "ended"))
@@ -59,6 +63,11 @@ def seeds() -> Iterator[bytes]:
     digest = "sha256:" + "a" * 64
     tensor = v1.Tensor(name="input", dtype="float32", shape=[1, 2], data=bytes(8))
     yield _one("Infer", v1.InferRequest(model="identity", inputs=[tensor], outputs=["output"], request_id=7))
+    placed = v1.Tensor(name="input", dtype="float32", shape=[1, 2], offset=64)
+    yield _one("Infer", v1.InferRequest(model="identity", inputs=[placed], region=1, output_offset=64, output_bytes=64))
+    endless = v1.Tensor(name="input", dtype="float32", shape=[1 << 62] * 300, offset=64)
+    yield _one("Infer", v1.InferRequest(model="identity", inputs=[endless], region=1))
+    yield _one("Share", v1.ShareRequest(token=bytes(32), size_bytes=1 << 20))
     yield _one("Classify", v1.ClassifyRequest(model="pictures", image=b"picture", top=3))
     yield _one("PutResource", v1.PutResourceRequest(digest=digest, offset=0, total_bytes=9, data=b"data"))
     yield _one("StatResource", v1.StatResourceRequest(digest=digest))
