@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from remora import __version__
 from remora.agent.core import Core
@@ -13,6 +13,8 @@ from remora.workers.contract import SHARED, WorkerInfo
 
 #: How the metrics name the domain of workers that belong to nobody yet.
 SPARE = "spare"
+#: Longer than a scrape takes, shorter than the time between two.
+_SCRAPE_S = 0.2
 
 
 def register(core: Core, *, attachments: Callable[[], int], draining: Callable[[], bool]) -> None:
@@ -38,10 +40,11 @@ def register(core: Core, *, attachments: Callable[[], int], draining: Callable[[
     exposition.read("remora_build_info", lambda: [((__version__,), 1.0)])
     exposition.read("remora_traces_exported_total", lambda: [((), float(core.trace_counts()[0]))])
     exposition.read("remora_traces_dropped_total", lambda: _traces_dropped(core))
-    exposition.read("remora_workers", lambda: _of_workers(core, lambda _worker: 1))
-    exposition.read("remora_worker_busy", lambda: _of_workers(core, lambda worker: worker.busy))
-    exposition.read("remora_worker_memory_bytes", lambda: _of_workers(core, lambda worker: worker.memory_bytes))
-    exposition.read("remora_worker_restarts_total", lambda: _restarts(core))
+    workers = _OneLook(core.workers.workers)
+    exposition.read("remora_workers", lambda: _of_workers(core, workers(), lambda _worker: 1))
+    exposition.read("remora_worker_busy", lambda: _of_workers(core, workers(), lambda worker: worker.busy))
+    exposition.read("remora_worker_memory_bytes", lambda: _of_workers(core, workers(), lambda each: each.memory_bytes))
+    exposition.read("remora_worker_restarts_total", lambda: _restarts(core, workers()))
     exposition.read("remora_model_memory_bytes", lambda: _model_memory(core))
     exposition.read("remora_models_loaded", lambda: _models(core))
 
@@ -66,16 +69,31 @@ def _traces_dropped(core: Core) -> Iterable[Sample]:
     return [(("buffer",), float(dropped)), (("collector",), float(lost))]
 
 
-def _of_workers(core: Core, value: Callable[[WorkerInfo], int]) -> Iterable[Sample]:
+class _OneLook:
+    """Asks once for all metrics of a scrape: every worker costs a file of /proc."""
+
+    def __init__(self, ask: Callable[[], Sequence[WorkerInfo]]) -> None:
+        self._ask = ask
+        self._asked_s = 0.0
+        self._known: Sequence[WorkerInfo] = ()
+
+    def __call__(self) -> Sequence[WorkerInfo]:
+        now_s = time.monotonic()
+        if now_s - self._asked_s > _SCRAPE_S:
+            self._known, self._asked_s = self._ask(), now_s
+        return self._known
+
+
+def _of_workers(core: Core, workers: Sequence[WorkerInfo], value: Callable[[WorkerInfo], int]) -> Iterable[Sample]:
     sums: Counter[tuple[str, ...]] = Counter()
-    for worker in core.workers.workers():
+    for worker in workers:
         sums[_domain(core, worker.domain), worker.device] += value(worker)
     return [(labels, float(total)) for labels, total in sums.items()]
 
 
-def _restarts(core: Core) -> Iterable[Sample]:
+def _restarts(core: Core, workers: Sequence[WorkerInfo]) -> Iterable[Sample]:
     sums: Counter[tuple[str, ...]] = Counter()
-    for worker in core.workers.workers():
+    for worker in workers:
         if worker.domain:
             sums[(_domain(core, worker.domain),)] += worker.restarts
     return [(labels, float(total)) for labels, total in sums.items()]

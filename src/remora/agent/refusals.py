@@ -15,9 +15,8 @@ from remora.errors import RemoraError
 from remora.wire.ttrpc.frames import MessageTooLargeError
 
 _LIMIT = re.compile(r"\(((limits|store|workers)\.([a-z_]+))\)")
-_RULE = re.compile(
-    r"\(rule (\[(?:defaults|\[label\]|tenant\.\"[^\"\]]{1,200}\")\](?: \d+)?) ([a-z_]+) = (.*) in ([^()]+)\)"
-)
+_RULE_MARK = "(rule ["
+_RULE = re.compile(r"\(rule (\[(?:defaults|\[label\]|tenant\.\"[^\"\]]{1,200}\")\](?: \d+)?) ([a-z_]+) = ")
 _CODES = {
     1: "CANCELLED",
     3: "INVALID_ARGUMENT",
@@ -65,16 +64,26 @@ def explain(error: RemoraError, policy: Policy, file: str = "") -> Refusal:
     where = file or "a file for --config"
     if isinstance(error, MessageTooLargeError):
         return _of_limit(code, policy, where, "limits", "message_bytes") or Refusal(code, code)
-    for found in reversed(list(_RULE.finditer(error.message))):
-        table, key, value, rule_file = found.groups()
-        if key in KEYS:
-            change = f"change {key} of {table} in {rule_file} and send SIGHUP, if the tenant may have more"
-            return Refusal(code, f"{table} {key}", value, change)
+    rule = _of_rule(code, error.message)
+    if rule is not None:
+        return rule
     for found in reversed(list(_LIMIT.finditer(error.message))):
         refusal = _of_limit(code, policy, where, found[2], found[3])
         if refusal is not None:
             return refusal
     return Refusal(code, code, change=_CHANGES.get(error.code, ""))
+
+
+def _of_rule(code: str, message: str) -> Refusal | None:
+    """Return the rule that a message ends with. One pass: a guest's text may be long, and full of brackets."""
+    found = _RULE.match(message, max(0, message.rfind(_RULE_MARK)))
+    if found is None or found[2] not in KEYS:
+        return None
+    value, _, file = message[found.end() : message.rfind(")")].rpartition(" in ")
+    if not file:
+        return None
+    change = f"change {found[2]} of {found[1]} in {file} and send SIGHUP, if the tenant may have more"
+    return Refusal(code, f"{found[1]} {found[2]}", value, change)
 
 
 def of_limit(name: str, policy: Policy, file: str = "") -> Refusal:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from remora.wire import control_v1 as v1
 
 NAME = "top"
+#: Below this many columns a tenant's bytes, sessions and connections are left out.
+_NARROW = 110
 HELP = "show what the agent does now: tenants, models, workers and devices"
 
 
@@ -90,7 +92,7 @@ def _live(control: Path, before: v1.UsageResponse, interval_s: float) -> int:
             except RemoraError as error:
                 live.update(Group(Text(f"{error.message}; waiting for it", style="bold red"), shown), refresh=True)
                 continue
-            shown, before = view(load_between(before, after), rows=console.height), after
+            shown, before = view(load_between(before, after), rows=console.height, width=console.width), after
             live.update(shown, refresh=True)
     return 0
 
@@ -123,8 +125,8 @@ def _keys() -> Iterator[Callable[[float], bool]]:
 # -- the picture ------------------------------------------------------------------------------------------------------
 
 
-def view(load: Load, rows: int = 0) -> RenderableType:
-    """Return the load as tables; with `rows` only as many lines as fit into that height."""
+def view(load: Load, rows: int = 0, width: int = 0) -> RenderableType:
+    """Return the load as tables; with `rows` and `width` only as much as fits into that many lines and columns."""
     from rich.console import Group
     from rich.text import Text
 
@@ -143,7 +145,7 @@ def view(load: Load, rows: int = 0) -> RenderableType:
     room = max(3, (rows - fixed - 8) // 2) if rows else 1000
     return Group(
         head,
-        _tenants(load, room),
+        _tenants(load, room, narrow=0 < width < _NARROW),
         _models(load, room),
         _table(
             ("WORKER", "PID", "DOMAIN", "DEVICE", ">JOBS", ">RESTARTS", ">MEMORY", "MODELS"),
@@ -168,12 +170,12 @@ def view(load: Load, rows: int = 0) -> RenderableType:
     )
 
 
-def _tenants(load: Load, room: int) -> RenderableType:
+def _tenants(load: Load, room: int, *, narrow: bool) -> RenderableType:
     from remora.cli import _operator
 
     columns = ("TENANT", ">REQ/S", ">REFUSED/S", ">P50 MS", ">P99 MS", ">DEVICE", ">RUN", ">QUEUE", ">IN/S", ">OUT/S")
     return _table(
-        (*columns, ">SESSIONS", ">CONN"),
+        columns[:8] if narrow else (*columns, ">SESSIONS", ">CONN"),
         [
             (
                 tenant.tenant,
@@ -184,7 +186,7 @@ def _tenants(load: Load, room: int) -> RenderableType:
                 *(str(tenant.running), str(tenant.queued)),
                 *(_operator.size(tenant.received_bytes_per_s), _operator.size(tenant.sent_bytes_per_s)),
                 *(str(tenant.sessions), str(tenant.connections)),
-            )
+            )[: 8 if narrow else None]
             for tenant in load.tenants
         ],
         room,

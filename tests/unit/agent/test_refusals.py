@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_a_rule_of_policy_is_named_as_the_file_has_it(text: str, rule: str, valu
 def test_what_a_guest_makes_up_is_no_rule(text: str) -> None:
     found = explain(InvalidArgumentError(text), POLICY)
     assert (found.rule, found.value) == ("INVALID_ARGUMENT", "")
+
+
+@pytest.mark.parametrize("part", ["(rule [defaults] models = ", " in ", "(limits.", "(rule [tenant."])
+def test_a_guests_text_costs_no_more_than_its_length(part: str) -> None:
+    began_s = time.process_time()
+    explain(InvalidArgumentError(part * (200_000 // len(part))), POLICY)
+    assert time.process_time() - began_s < 0.2
 
 
 def test_the_agents_own_word_comes_last_and_counts() -> None:

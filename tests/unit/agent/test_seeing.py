@@ -74,6 +74,15 @@ def test_what_was_left_out_is_told_once_the_flood_is_over(monkeypatch: pytest.Mo
     assert "lines left out tenant=noisy suppressed_before=10" in lines[-1]
 
 
+def test_a_full_disk_costs_lines_and_nothing_else() -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        log = Log(full.fileno())
+        for _ in range(10):
+            log.of_tenant("t", "refused")
+        log.close()
+        assert log.dropped == 10
+
+
 def test_a_reader_that_does_not_read_stops_nobody() -> None:
     read_fd, write_fd = os.pipe()
     log = Log(write_fd)

@@ -75,6 +75,17 @@ def test_the_picture_fits_the_terminal_and_takes_names_as_text() -> None:
     assert any("more" in line for line in lines)
 
 
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_headings() -> None:
+    with open("/dev/null", "w") as nothing:
+        console = Console(width=80, height=24, record=True, file=nothing)
+        console.print(view(load_between(look(10.0, 100), look(12.0, 300)), rows=24, width=80))
+        text = console.export_text()
+    for heading in ("TENANT", "REFUSED/S", "P99 MS", "DEVICE", "QUEUE"):
+        assert heading in text
+    assert "CONN" not in text
+    assert "…" not in text
+
+
 @pytest.mark.parametrize(
     ("count", "shown"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (12_345_678, "12.3 MB"), (5e15, "5e+03 TB")]
 )
