@@ -177,8 +177,7 @@ class TaskService:
         if task.role == "sandbox":
             self._started(process, c.TaskStart(container_id=request.id, pid=process.pid))
             return c.PidResponse(pid=process.pid)
-        guest = self.pod.vm.guest
-        streams = process.streams
+        guest, streams = self.pod.vm.guest, process.streams
         socks = {name: guest.open_stream(process.guest_id, name) for name in streams.wanted}
         self.pod.vm.in_reactor(lambda: streams.attach(socks))
         try:
@@ -190,6 +189,9 @@ class TaskService:
                 event = c.TaskStart(container_id=request.id, pid=process.pid)
         except BaseException:
             self.pod.vm.in_reactor(streams.close)
+            if task.role == "single":
+                # Whoever made it may never ask for it again (`ctr run` does not), and its microVM is of no use.
+                self.pod.close()
             raise
         self._started(process, event)
         self._exits.watch(task, process)

@@ -70,7 +70,8 @@ def guest_config(config: dict[str, Any], container_id: str, resolve: Resolve, ho
         "ociVersion": "1.0.2",
         "process": guest_process(config.get("process") or {}, first=True),
         "root": {"path": "rootfs", "readonly": bool((config.get("root") or {}).get("readonly"))},
-        "hostname": hostname,
+        # In a pod the name is the guest's own.
+        **({"hostname": hostname} if {"type": "uts"} in _guest_namespaces(config) else {}),
         "mounts": [*_mounts(config, resolve), *_own_mounts()],
         "linux": {
             "cgroupsPath": f"{guest.CGROUP_PARENT}/{container_id}",

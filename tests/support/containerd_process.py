@@ -1,0 +1,209 @@
+"""A containerd of the tests' own: its root, its state, its sockets, its network, and nothing of it left afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+from container_images import busybox_layer, file_layer, write_archive
+from cri_client import Cri
+from remora.sandboxes.leftovers import find_leftovers
+from remora.shim import launcher
+
+_CONFIG = """\
+version = 2
+root = "{base}/root"
+state = "{base}/state"
+[grpc]
+  address = "{base}/c.sock"
+[ttrpc]
+  address = "{base}/c.sock.ttrpc"
+[debug]
+  level = "debug"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{base}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "localhost/remora/pause:1"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{base}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+    default_runtime_name = "remora"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.remora]
+      runtime_type = "io.containerd.remora.v2"
+      pod_annotations = ["io.remora.*"]
+      container_annotations = ["io.remora.*"]
+      privileged_without_host_devices = true
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.remora.options]
+        TypeUrl = "remora/config"
+        ConfigPath = "{base}/runtime.toml"
+"""
+_CNI = """\
+{{"cniVersion": "1.0.0", "name": "{bridge}", "plugins": [
+  {{"type": "bridge", "bridge": "{bridge}", "isGateway": true, "ipMasq": false,
+    "ipam": {{"type": "host-local", "dataDir": "{base}/ipam", "ranges": [[{{"subnet": "{subnet}.0/24"}}]],
+              "routes": [{{"dst": "0.0.0.0/0"}}]}}}}]}}
+"""
+_RUNTIME = """\
+[vm]
+memory = "256M"
+scratch = "2G"
+boot_timeout = "60s"
+"""
+NAMESPACE = "k8s.io"
+BUSYBOX = "localhost/remora/busybox:1"
+READY_S = 30.0
+
+
+def missing() -> list[str]:
+    """Return what these tests need and the host lacks."""
+    wanted = ("containerd", "ctr", "runc", "qemu-system-x86_64", "mkfs.erofs", "mkfs.ext4", "ip", "tc", "nft")
+    lacking = [name for name in wanted if shutil.which(name) is None]
+    if not Path("/usr/lib/cni/bridge").exists():
+        lacking.append("CNI plugins in /usr/lib/cni")
+    if os.geteuid():
+        lacking.append("root")
+    return lacking
+
+
+class Containerd:
+    """`with Containerd() as containerd:` starts one and ends it with everything that it started."""
+
+    def __init__(self, index: int = os.getpid() % 200) -> None:
+        self.base = Path(tempfile.mkdtemp(prefix="remora-ctd-"))
+        self.bridge = f"rmt{os.getpid() % 100000}"
+        self.subnet = f"10.213.{index + 1}"
+        self.runtime = self.base / "r"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cri: Cri | None = None
+        for name in ("bin", "cni", "logs"):
+            (self.base / name).mkdir()
+        (self.base / "config.toml").write_text(_CONFIG.format(base=self.base))
+        (self.base / "runtime.toml").write_text(_RUNTIME)
+        cni = _CNI.format(base=self.base, bridge=self.bridge, subnet=self.subnet)
+        (self.base / "cni" / "10-test.conflist").write_text(cni)
+        launcher.write(self.base / "bin")
+
+    def __enter__(self) -> Containerd:
+        try:
+            self.start()
+            self.import_images()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def cri(self) -> Cri:
+        if self._cri is None:
+            self._cri = Cri(self.base / "c.sock", self.base / "logs")
+        return self._cri
+
+    @property
+    def log(self) -> str:
+        return (self.base / "log").read_text(errors="replace")
+
+    def start(self) -> None:
+        """Start containerd, also again after `kill`."""
+        environment = {
+            **os.environ,
+            "PATH": f"{self.base}/bin:{os.environ['PATH']}",
+            "REMORA_RUNTIME_DIR": str(self.runtime),
+        }
+        with (self.base / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                ["containerd", "-c", str(self.base / "config.toml")],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline_s = time.monotonic() + READY_S
+        while not self._answers():
+            assert self._process.poll() is None, self.log[-2000:]
+            assert time.monotonic() < deadline_s, self.log[-2000:]
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self.base / "c.sock"))
+            except OSError:
+                return False
+        return subprocess.run(self.argv("version"), capture_output=True, timeout=READY_S, check=False).returncode == 0
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """End containerd alone; shims and microVMs go on."""
+        if self._cri is not None:
+            self._cri.close()
+            self._cri = None
+        if self._process is not None:
+            self._process.send_signal(signum)
+            self._process.wait(30)
+            self._process = None
+
+    def argv(self, *arguments: str, namespace: str = NAMESPACE) -> list[str]:
+        return ["ctr", "-a", str(self.base / "c.sock"), "-n", namespace, *arguments]
+
+    def ctr(self, *arguments: str, stdin: bytes = b"", timeout_s: float = 120.0) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(self.argv(*arguments), input=stdin, capture_output=True, timeout=timeout_s, check=False)
+
+    def run(
+        self, name: str, *command: str, options: tuple[str, ...] = (), stdin: bytes = b""
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a container of its own microVM to its end."""
+        runtime = ("--runtime", "io.containerd.remora.v2")
+        return self.ctr("run", "--rm", *runtime, *options, BUSYBOX, name, *command, stdin=stdin)
+
+    def import_images(self) -> None:
+        base = busybox_layer()
+        self.add_image(BUSYBOX, [base, file_layer({"data/layer": b"second\n"})])
+        self.add_image("localhost/remora/pause:1", [base], Cmd=["sleep", "1000000"])
+
+    def add_image(self, name: str, layers: list[bytes], **config: object) -> None:
+        archive = write_archive(self.base / "image.tar", name, layers, **config)
+        done = self.ctr("images", "import", str(archive))
+        assert done.returncode == 0, done.stderr.decode()
+        archive.unlink()
+
+    def close(self) -> None:
+        """End everything and remove the files. Tests look for leftovers before; this only ends what they left."""
+        self.kill(signal.SIGTERM)
+        for line in find_leftovers(self.base):
+            kind, _, rest = line.partition(" ")
+            if kind == "process":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(rest.partition(":")[0]), signal.SIGKILL)
+        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
+        for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+            target = line.split(" ")[1]
+            if target.startswith(str(self.base)):
+                subprocess.run(["umount", "-l", target], capture_output=True, check=False)
+        if sys.exc_info()[0] is not None:
+            print(self.log[-4000:], file=sys.stderr)
+        shutil.rmtree(self.base)
