@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 
+from remora.client import tracing
 from remora.client.address import Address, candidates, parse
 from remora.client.transport import no_agent, open_socket
 from remora.errors import InvalidArgumentError, RemoraError, UnavailableError, UnimplementedError
@@ -85,10 +86,11 @@ class Link:
         Raises:
             RemoraError: the agent's answer.
         """
+        trace = tracing.metadata(None)
         if self.service:
-            return self._client.call(self.service, method, request, response_cls)
+            return self._client.call(self.service, method, request, response_cls, metadata=trace)
         try:
-            answer = self._client.call(vaccel.SYNC_SERVICE, method, request, response_cls)
+            answer = self._client.call(vaccel.SYNC_SERVICE, method, request, response_cls, metadata=trace)
         except RemoraError as error:
             if error.code not in _NOT_OFFERED or error.details:
                 if error.details:
@@ -99,7 +101,7 @@ class Link:
             self.service = vaccel.SYNC_SERVICE
             return answer
         try:
-            answer = self._client.call(vaccel.ASYNC_SERVICE, method, request, response_cls)
+            answer = self._client.call(vaccel.ASYNC_SERVICE, method, request, response_cls, metadata=trace)
         except (InvalidArgumentError, UnimplementedError) as error:
             if error.details:
                 self.service = vaccel.ASYNC_SERVICE
@@ -111,7 +113,12 @@ class Link:
     def stream_genop(self, messages: Iterable[vaccel.GenopRequest]) -> vaccel.GenopResponse:
         """Send a Genop in several messages. Only agents under the asynchronous name take it."""
         stream = self._client.stream(
-            vaccel.ASYNC_SERVICE, "GenopStream", None, vaccel.GenopResponse, client_streaming=True
+            vaccel.ASYNC_SERVICE,
+            "GenopStream",
+            None,
+            vaccel.GenopResponse,
+            client_streaming=True,
+            metadata=tracing.metadata(None),
         )
         for message in messages:
             stream.send(message)

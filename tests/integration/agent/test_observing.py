@@ -94,16 +94,28 @@ def test_grpc_metadata_carries_the_context_too(traced: AgentProcess, receiver: R
     wait_until(lambda: any(span.name == "oip_grpc/ModelInfer" for span in receiver.spans), "the span arrives")
 
 
-def test_vaccels_metadata_carries_the_context_too(traced: AgentProcess, receiver: Receiver) -> None:
-    service = vaccel.SERVICES[0]
-    with Client(traced.connect()) as client:
-        made = client.call(service, "CreateSession", vaccel.SessionCreateRequest(), vaccel.SessionCreateResponse)
-        request = vaccel.ImageRequest(session_id=made.session_id, image=b"no picture")
-        with pytest.raises(RemoraError):
-            client.call(
-                service, "ImageClassification", request, vaccel.ImageResponse, metadata={"traceparent": TRACEPARENT}
-            )
-    wait_until(lambda: any(span.name == "vaccel/ImageClassification" for span in receiver.spans), "the span arrives")
+def test_vaccels_callers_pass_their_current_span_on(
+    traced: AgentProcess, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opentelemetry import trace
+    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+
+    from remora.vaccel import FFIError, Session, config
+
+    monkeypatch.setenv("VACCEL_RPC_ADDRESS", traced.address)
+    context = SpanContext(int(TRACEPARENT[3:35], 16), int(TRACEPARENT[36:52], 16), True, TraceFlags(1))
+    try:
+        session = Session()
+        with trace.use_span(NonRecordingSpan(context)), pytest.raises(FFIError):
+            session.classify(b"no picture")
+    finally:
+        config.cleanup()
+
+    def found() -> list[bytes]:
+        return [span.parent_span_id for span in receiver.spans if span.name == "vaccel/ImageClassification"]
+
+    wait_until(found, "the span arrives")
+    assert found()[0].hex() == TRACEPARENT[36:52]
 
 
 def test_a_message_that_is_too_large_is_refused_in_the_log(traced: AgentProcess) -> None:
