@@ -33,6 +33,8 @@ class Draining:
         self._set_quiet: Callable[[bool], None] | None = None
         self._over = False
         self.begun = False
+        #: Counts what is still to be sent behind the doors' connections.
+        self.unsent: Callable[[], int] = lambda: 0
 
     def begin(
         self,
@@ -106,7 +108,7 @@ class Draining:
     def _left(self) -> int:
         """Return how much is under way: requests in whichever stage, and uploads, which a successor continues."""
         uploading = 0 if self._set_quiet is not None else self._core.store.uploading()
-        return max(self._core.execution.count, self._core.peers.under_way()) + uploading
+        return max(self._core.execution.count, self._core.peers.under_way()) + uploading + self.unsent()
 
 
 def refusal() -> RemoraError:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from remora import __version__
 from remora.agent import lifecycle
 from remora.agent.addresses import Address
+from remora.agent.certificates import CertificateFiles
 from remora.agent.core import Core
 from remora.agent.handover import ENDING_S, Predecessor
 from remora.agent.inherited import Inherited
@@ -43,6 +44,8 @@ class Options:
     config: Path | None = None
     #: Where traces go; None: nowhere, and requests pay nothing for it.
     traces: TraceOptions | None = None
+    #: For `tls://` addresses.
+    certificates: CertificateFiles | None = None
     #: Succeed the agent that runs, if one does.
     takeover: bool = False
     #: Listening sockets from whoever started this process.
@@ -128,6 +131,8 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         stack.callback(agent.close)
         if options.traces is not None:
             stack.callback(_trace(agent.core, options.traces))
+        if options.certificates is not None:
+            agent.use_certificates(options.certificates)
         agent.listen_metrics(options.metrics)
         agent.listen_control(options.control)
         addresses = [agent.listen(address) for address in options.listen]
@@ -147,7 +152,12 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
             **{f"worker_{name}": text for name, text in workers.confinement.items()},
         )
         reloading = Reloading(agent.core, options.config, options.policy)
-        reactor.on_signal(signal.SIGHUP, reloading.reload)
+
+        def reload() -> None:
+            reloading.reload()
+            agent.reload_certificates()
+
+        reactor.on_signal(signal.SIGHUP, reload)
         for signum in (signal.SIGTERM, signal.SIGINT):
             reactor.on_signal(signum, lambda: _end(agent, reactor, policy.limits.drain_timeout_s))
         lifecycle.announce(options.ready_fd, " ".join(addresses))

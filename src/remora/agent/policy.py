@@ -52,6 +52,10 @@ class Limits:
     frame_timeout_s: int = 30
     #: A connection must open a session this long after it was made.
     hello_timeout_s: int = 30
+    #: TLS handshakes under way; the one that has taken longest gives way to a new one.
+    handshakes: int = 256
+    #: A TLS handshake must be done this long after the connection was made.
+    handshake_timeout_s: int = 5
     #: A connection without any request is closed after this long.
     idle_timeout_s: int = 3600
     #: A request without a deadline, or with a later one, gets this one.

@@ -14,6 +14,7 @@ from remora.agent import gauges
 from remora.agent.addresses import Address, parse_address
 from remora.agent.attachments import Attachment, Attachments
 from remora.agent.callers import UNKNOWN, Callers
+from remora.agent.certificates import CertificateFiles, TlsServer
 from remora.agent.core import Core
 from remora.agent.doors.control import ControlDoor
 from remora.agent.doors.health import Health
@@ -31,7 +32,7 @@ from remora.agent.peer_process import peer_uid
 from remora.agent.peers import Peer
 from remora.agent.pods import PodFiles
 from remora.agent.policy import MIB, Policy
-from remora.errors import RemoraError, UnimplementedError
+from remora.errors import InvalidArgumentError, RemoraError, UnimplementedError
 from remora.reactor import Reactor
 from remora.wire import health_v1, remora_v1, vaccel
 from remora.wire.ttrpc.calls import Call
@@ -101,6 +102,7 @@ class Agent:
         self._callers = Callers(PodFiles(pods), self.attachments.of_cid)
         self.draining = Draining(self.core, reactor.stop)
         gauges.register(self.core, attachments=lambda: len(self.attachments), draining=lambda: self.draining.begun)
+        self._tls: TlsServer | None = None
         self._closed = False
 
     # -- listening --------------------------------------------------------------------------------------------------
@@ -121,7 +123,10 @@ class Agent:
         serve, refuse = self._connection, self._refuse
         if address.door == "oip":
             serve, refuse = self._oip_connection, self._oip_door().refuse
-        listener = self._listen(address, _OPEN_MODE, partial(self._accepted, serve, refuse))
+        accepted: Callable[[socket.socket], None] = partial(self._accepted, serve, refuse)
+        if address.tls:
+            accepted = self._tls_accepted(address, serve, refuse)
+        listener = self._listen(address, _OPEN_MODE, accepted)
         host = f"[{address.host}]" if ":" in address.host else address.host
         text = f"{address.scheme}://{host}:{listener.port}" if listener.port else address.text
         self._addresses.append(text)
@@ -179,6 +184,43 @@ class Agent:
         for listener in self._listeners:
             if listener.kept:
                 listener.set_quiet(quiet)
+
+    def use_certificates(self, files: CertificateFiles) -> None:
+        """Serve `tls://` addresses with these files.
+
+        Raises:
+            FailedPreconditionError: they cannot be used.
+        """
+        self._tls = TlsServer(self._reactor, files, self._limits)
+        self.draining.unsent = self._tls.unsent
+
+    def reload_certificates(self) -> None:
+        """Read the certificates again; if they cannot be used the old ones stay."""
+        if self._tls is None:
+            return
+        try:
+            self._tls.reload()
+        except RemoraError as error:
+            self._log.error("certificates refused, the old ones stay", error=str(error))
+        else:
+            self._log.info("certificates reloaded")
+
+    def _tls_accepted(self, address: Address, serve: Serve, refuse: Refuse) -> Callable[[socket.socket], None]:
+        if self._tls is None:
+            raise InvalidArgumentError(
+                f"{address.text} needs certificates", fix="give --tls-cert, --tls-key and --tls-ca"
+            )
+
+        def known(sock: socket.socket, identity: Identity) -> None:
+            serve(sock, identity, None)
+
+        def unknown(sock: socket.socket | None, error: RemoraError) -> None:
+            if sock is not None:
+                refuse(sock, UNKNOWN, error)
+            elif not self._closed:
+                self.core.refused("none", "connect", Peer(UNKNOWN, 0.0), error)
+
+        return partial(self._tls.accept, known, unknown, address.door == "oip")
 
     # -- connections ------------------------------------------------------------------------------------------------
 
@@ -309,6 +351,8 @@ class Agent:
         for listener in self._listeners:
             listener.close()
         self.attachments.close()
+        if self._tls is not None:
+            self._tls.close()
         if self._http is not None:
             self._http.close()
         for connection in list(self._controllers):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from remora import paths
+
+if TYPE_CHECKING:
+    from remora.agent.certificates import CertificateFiles
 
 NAME = "agent"
 HELP = "run the node agent, or ask for its status"
@@ -24,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help="unix:///path, unix://@name, vsock://:2048 or tcp://127.0.0.1:port; with oip+ before it "
+        help="unix:///path, unix://@name, vsock://:2048, tcp://127.0.0.1:port or tls://host:port; with oip+ before it "
         "(oip+unix:///path) for the Open Inference Protocol, REST and gRPC on the same address; oip+attached for that "
         "protocol on a socket of each attached sandbox; may be given several times "
         f"(default: unix://{paths.agent_socket()})",
@@ -50,6 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="serve: succeed the agent that runs on the same control socket: take its sockets and sessions, without a "
         "refused connection",
+    )
+    parser.add_argument(
+        "--tls-cert",
+        type=Path,
+        metavar="FILE",
+        help="the agent's certificate with its chain, PEM, for tls:// addresses",
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
+    parser.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="certificates of the authorities that issue callers' ones, PEM"
     )
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the lines on stderr")
     parser.add_argument(
@@ -101,9 +115,22 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         config=args.config.absolute() if args.config is not None else None,
         traces=otlp.options(args.trace_endpoint, args.trace_ratio, os.environ),
         takeover=args.takeover,
+        certificates=_certificates(args),
         inherited=inherited,
     )
     return main.run(options, load_catalog(args.models), WorkerPool)
+
+
+def _certificates(args: argparse.Namespace) -> CertificateFiles | None:
+    from remora.agent.certificates import CertificateFiles
+    from remora.errors import InvalidArgumentError
+
+    given = [args.tls_cert, args.tls_key, args.tls_ca]
+    if not any(given):
+        return None
+    if not all(given):
+        raise InvalidArgumentError("TLS takes three files", fix="give --tls-cert, --tls-key and --tls-ca")
+    return CertificateFiles(*(path.absolute() for path in given))
 
 
 def _drain(control: Path, timeout_s: float) -> int:

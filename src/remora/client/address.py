@@ -2,7 +2,8 @@
 
 The same text means the same place here, in the agent's `--listen` and in vAccel's `VACCEL_RPC_ADDRESS`, so that one
 setting moves a function between a microVM (vsock or a forwarded Unix socket) and a laptop. A bare TCP address is
-accepted on loopback only: requests carry the tenant's data, and nothing encrypts or authenticates them there.
+accepted on loopback only: requests carry the tenant's data, and nothing encrypts or authenticates them there. Another
+machine's agent is reached with `tls://` and certificates, named in the address or in `REMORA_TLS_*`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 
 from remora.client.values import Value
-from remora.errors import InvalidArgumentError, UnimplementedError
+from remora.errors import InvalidArgumentError
 from remora.wire.remora_v1 import PORT
 
 TYPE_CHECKING = False
@@ -26,26 +27,50 @@ _CIDS = {"local": 1, "host": HOST_CID}
 #: sun_path holds 108 bytes with its terminating NUL (unix(7)).
 _MAX_PATH_BYTES = 107
 
-_FORMS = "use unix:///path, unix://@name (abstract), vsock://cid:port or tcp://127.0.0.1:port"
+_FORMS = "use unix:///path, unix://@name (abstract), vsock://cid:port, tcp://127.0.0.1:port or tls://host:port"
+#: What may follow a `tls://` address after `?`, and the variable that says it for all of them.
+_TLS = {"ca": "REMORA_TLS_CA", "cert": "REMORA_TLS_CERT", "key": "REMORA_TLS_KEY", "name": "REMORA_TLS_NAME"}
+
+
+class Certificates(Value):
+    """What TLS needs, as paths of PEM files; empty for none.
+
+    Args:
+        authorities: Who may have issued the agent's certificate; empty for the system's.
+        certificate: This client's own, with its chain.
+        key: Its key; empty if it is in the same file.
+        name: Whom to expect, a host name or a SPIFFE ID; empty for the address's host.
+    """
+
+    __slots__ = ("authorities", "certificate", "key", "name")
+
+    def __init__(self, authorities: str, certificate: str, key: str, name: str) -> None:
+        self.authorities = authorities
+        self.certificate = certificate
+        self.key = key
+        self.name = name
 
 
 class Address(Value):
     """One place to connect to.
 
     Args:
-        kind: `unix`, `vsock` or `tcp`.
-        host: Path (`unix`; an abstract name starts with `@`), CID in decimal (`vsock`) or host (`tcp`).
+        kind: `unix`, `vsock`, `tcp` or `tls`.
+        host: Path (`unix`; an abstract name starts with `@`), CID in decimal (`vsock`) or host (`tcp`, `tls`).
         port: 0 for `unix`.
         origin: Where the address came from, for error messages: `address`, `REMORA_ADDRESS`, ..., `default`.
     """
 
-    __slots__ = ("kind", "host", "port", "origin")
+    __slots__ = ("kind", "host", "port", "origin", "certificates")
 
-    def __init__(self, kind: str, host: str, port: int, origin: str = "address") -> None:
+    def __init__(
+        self, kind: str, host: str, port: int, origin: str = "address", certificates: Optional[Certificates] = None
+    ) -> None:
         self.kind = kind
         self.host = host
         self.port = port
         self.origin = origin
+        self.certificates = certificates
 
     @property
     def url(self) -> str:
@@ -58,16 +83,16 @@ class Address(Value):
         return self.url
 
 
-def parse(text: str, origin: str = "address") -> Address:
+def parse(text: str, origin: str = "address", environ: Optional[Mapping[str, str]] = None) -> Address:
     """Return the address that `text` names.
 
     Args:
-        text: `unix:///path`, `unix://@name`, `vsock://cid[:port]`, `tcp://host:port`, or an absolute path.
+        text: `unix:///path`, `unix://@name`, `vsock://cid[:port]`, `tcp://host:port`, an absolute path, or
+            `tls://host[:port]`, which `?ca=FILE&cert=FILE&key=FILE&name=NAME` may follow.
         origin: Where the text came from, for messages.
 
     Raises:
         InvalidArgumentError: the text is no address, or plain TCP to another machine.
-        UnimplementedError: `tls://`, which this version does not speak.
     """
     if text.startswith("/"):
         return _unix(text, text, origin)
@@ -80,8 +105,8 @@ def parse(text: str, origin: str = "address") -> Address:
         return _vsock(rest, text, origin)
     if scheme == "tcp":
         return _tcp(rest, text, origin)
-    if scheme in ("tls", "https", "mtls"):
-        raise UnimplementedError(f"{origin}: {text!r} asks for TLS, which this version does not speak", fix=_FORMS)
+    if scheme == "tls":
+        return _tls(rest, text, origin, os.environ if environ is None else environ)
     raise InvalidArgumentError(f"{origin}: {text!r} has the unknown scheme {scheme!r}", fix=_FORMS)
 
 
@@ -92,11 +117,11 @@ def candidates(address: Optional[str] = None, environ: Optional[Mapping[str, str
     another agent would run the request where nobody meant it to run.
     """
     if address:
-        return [parse(address)]
+        return [parse(address, environ=environ)]
     env: Mapping[str, str] = os.environ if environ is None else environ
     for name in ("REMORA_ADDRESS", "VACCEL_RPC_ADDRESS"):
         if env.get(name):
-            return [parse(env[name], name)]
+            return [parse(env[name], name, env)]
     found = []
     if env.get("REMORA_RUNTIME_DIR"):
         found.append(_socket_in(env["REMORA_RUNTIME_DIR"], "REMORA_RUNTIME_DIR"))
@@ -156,9 +181,30 @@ def _tcp(rest: str, text: str, origin: str) -> Address:
     if not _is_loopback(host):
         raise InvalidArgumentError(
             f"{origin}: {text!r} is another machine, and plain TCP is allowed on loopback only",
-            fix="use a Unix socket or vsock to the agent of this node",
+            fix="use a Unix socket or vsock to the agent of this node, or tls:// to another one's",
         )
     return Address("tcp", host, _port(port, text, origin), origin)
+
+
+def _tls(rest: str, text: str, origin: str, environ: Mapping[str, str]) -> Address:
+    place, _, query = rest.partition("?")
+    host, separator, port = place.rpartition(":")
+    if not separator or place.endswith("]"):
+        host, port = place, str(PORT)
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if not host or not all(letter.isalnum() or letter in ".:-_" for letter in host):
+        raise InvalidArgumentError(f"{origin}: {text!r} names no host", fix=f"use tls://agent.example:{PORT}")
+    given = {}
+    for part in query.split("&") if query else ():
+        key, _, value = part.partition("=")
+        if key not in _TLS or not value:
+            raise InvalidArgumentError(
+                f"{origin}: {part!r} in {text!r} says nothing that TLS knows", fix=f"use {', '.join(_TLS)}"
+            )
+        given[key] = value
+    files = [given.get(key) or environ.get(variable, "") for key, variable in _TLS.items()]
+    return Address("tls", host, _port(port, text, origin), origin, Certificates(*files))
 
 
 def _is_loopback(host: str) -> bool:

@@ -34,6 +34,7 @@ from remora.wire.ttrpc.aio import Client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from typing import (
         Any,
         AsyncGenerator,
@@ -314,9 +315,10 @@ class AsyncLink:
     async def _greet(self, address: Address, patience: Patience) -> Connection:
         timeout_s = min(patience.left_s(time.monotonic()), HELLO_TIMEOUT_S)
         try:
-            client = await _open_client(address, timeout_s)
+            sock = await _open_socket(address, timeout_s)
         except OSError as error:
             raise NobodyThereError(address, error) from error
+        client = await Client.connect(sock, max_message_bytes=MAX_ANSWER_BYTES)
         connection = Connection(client)
         try:
             answer = await client.call(
@@ -325,6 +327,10 @@ class AsyncLink:
         except DeadlineExceededError as error:
             await client.close()
             raise transport.silent(address, timeout_s) from error
+        except UnavailableError as error:
+            await client.close()
+            told = await asyncio.get_running_loop().run_in_executor(None, transport.refusal, sock)
+            raise told or error from error
         except BaseException:
             await client.close()
             raise
@@ -347,14 +353,16 @@ class AsyncLink:
         await connection.client.close()
 
 
-async def _open_client(address: Address, timeout_s: float) -> Client:
-    """Return a connected client; OSError if nothing answers there in time."""
+async def _open_socket(address: Address, timeout_s: float) -> socket.socket:
+    """Return a connected socket; errors as `transport.open_socket`."""
+    if address.kind == "tls":
+        return await asyncio.get_running_loop().run_in_executor(None, transport.open_socket, address, timeout_s)
     sock = transport.new_socket(address)
     try:
         sock.setblocking(False)
         connecting = asyncio.get_running_loop().sock_connect(sock, transport.plan(address)[1])
         await asyncio.wait_for(connecting, timeout_s)
-        return await Client.connect(sock, max_message_bytes=MAX_ANSWER_BYTES)
+        return sock
     except asyncio.TimeoutError as error:  # another class than TimeoutError before Python 3.11
         sock.close()
         raise TimeoutError("no answer in time") from error

@@ -326,6 +326,9 @@ class Link:
         except DeadlineExceededError as error:
             connection.client.close()
             raise transport.silent(address, timeout_s) from error
+        except UnavailableError as error:
+            connection.client.close()
+            raise transport.refusal(sock) or error from error
         except BaseException:
             connection.client.close()
             raise

@@ -7,13 +7,16 @@ failed, and which command starts an agent there.
 from __future__ import annotations
 
 import socket
+import time
 
 from remora.client.address import Address
 from remora.errors import DeadlineExceededError, FailedPreconditionError, UnavailableError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import List, Sequence, Tuple, Union
+    from typing import List, Optional, Sequence, Tuple, Union
+
+    from remora.errors import RemoraError
 
     SocketAddress = Union[bytes, str, Tuple[int, int], Tuple[str, int]]
 
@@ -54,12 +57,21 @@ def new_socket(address: Address) -> socket.socket:
 
 
 def open_socket(address: Address, timeout_s: float) -> socket.socket:
-    """Return a blocking socket that is connected to `address`.
+    """Return a blocking socket that is connected to `address`; for `tls` its plain end.
 
     Raises:
         OSError: nothing answers there.
-        FailedPreconditionError: this Python has no such sockets.
+        FailedPreconditionError: this Python has no such sockets, or the certificates cannot be used.
+        UnauthenticatedError, UnavailableError: the TLS handshake failed.
     """
+    began_s = time.monotonic()
+    if address.kind == "tls":
+        from remora.client import tls  # OpenSSL costs a guest 3 MB that only this needs
+
+        # Names are resolved: who answers there has to prove the name.
+        sock = socket.create_connection((address.host, address.port), timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return tls.open_socket(address, sock, max(0.1, timeout_s - (time.monotonic() - began_s)))
     sock = new_socket(address)
     try:
         sock.settimeout(timeout_s)
@@ -69,6 +81,15 @@ def open_socket(address: Address, timeout_s: float) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def refusal(sock: object) -> Optional[RemoraError]:
+    """Return what is to be told instead of the end of a new connection: that its certificate was not accepted."""
+    if getattr(sock, "tunnel", None) is None:
+        return None
+    from remora.client import tls
+
+    return tls.refusal(sock)
 
 
 def no_agent(tried: Sequence[Tuple[Address, Exception]]) -> UnavailableError:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from remora.client.address import Address, candidates, parse
-from remora.errors import InvalidArgumentError, UnimplementedError
+from remora.errors import InvalidArgumentError
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,27 @@ def test_plain_tcp_to_another_machine_is_refused(text: str) -> None:
         parse(text)
 
 
-def test_tls_is_refused_as_not_offered_yet() -> None:
-    with pytest.raises(UnimplementedError, match="TLS"):
-        parse("tls://node:2048")
+def test_tls_takes_its_files_from_the_address_before_the_environment() -> None:
+    environ = {"REMORA_TLS_CA": "/ca", "REMORA_TLS_CERT": "/cert", "REMORA_TLS_KEY": "/key"}
+    address = parse("tls://node.example:99?cert=/own&name=spiffe://prod/agent", environ=environ)
+    assert (address.kind, address.host, address.port, address.url) == (
+        "tls",
+        "node.example",
+        99,
+        "tls://node.example:99",
+    )
+    certificates = address.certificates
+    assert certificates is not None
+    assert (certificates.authorities, certificates.certificate, certificates.key) == ("/ca", "/own", "/key")
+    assert certificates.name == "spiffe://prod/agent"
+    assert parse("tls://node", environ={}).port == 2048
+    assert parse("tls://[::1]:7", environ={}).host == "::1"
+
+
+@pytest.mark.parametrize("text", ["tls://", "tls://:1", "tls://a b:1", "tls://a:0", "tls://a:1?x=y", "tls://a:1?ca="])
+def test_tls_addresses_that_say_nothing_sensible_are_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        parse(text, environ={})
 
 
 def test_a_named_address_is_the_only_candidate() -> None:
