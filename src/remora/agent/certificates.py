@@ -91,7 +91,7 @@ def of_certificate(certificate: Mapping[str, Any]) -> Identity:
             raise UnauthenticatedError(
                 f"the certificate has the URIs {str(uris)[:200]}", fix="one with exactly one SPIFFE ID is accepted"
             )
-        return Identity(uris[0], uris[0])
+        return Identity(uris[0], uris[0], remote=True)
     names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
     if len(names) != 1:
         raise UnauthenticatedError(
@@ -101,7 +101,7 @@ def of_certificate(certificate: Mapping[str, Any]) -> Identity:
         name = f"cn:{check_name('common name', names[0])}"
     except InvalidArgumentError as error:
         raise UnauthenticatedError(error.message, fix=error.fix) from error
-    return Identity(name, name)
+    return Identity(name, name, remote=True)
 
 
 class TlsServer:

@@ -30,6 +30,8 @@ class Identity:
     #: The template this sandbox was cloned from.
     parent: str = ""
     template: bool = False
+    #: Comes from another machine, whatever socket leads to it here.
+    remote: bool = False
 
 
 def check_name(what: str, name: str) -> str:

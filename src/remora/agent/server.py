@@ -261,7 +261,7 @@ class Agent:
             return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.send_buffer_bytes)
         peer = peers.join(identity)
-        peer.local = attachment is None and sock.family == socket.AF_UNIX
+        peer.local = attachment is None and not identity.remote and sock.family == socket.AF_UNIX
         peer.connection = ServerConnection(
             self._reactor,
             sock,

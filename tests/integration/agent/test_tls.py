@@ -358,3 +358,10 @@ def test_a_successor_takes_tls_over_too(node: Node) -> None:
         thread.join(30)
     assert caller.wrong == []
     assert len(caller.sessions) == 1
+
+
+def test_no_memory_is_shared_with_another_machine(node: Node) -> None:
+    """Behind TLS the doors see a Unix socket, and such clients are offered shared memory otherwise."""
+    with tls_guest(node, "far") as guest, Guest(node.agent.connect()) as local:
+        assert local.hello.share_bytes > 0
+        assert guest.hello.share_bytes == 0
