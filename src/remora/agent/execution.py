@@ -255,6 +255,7 @@ class Execution:
                 timings.run_us = run_us = outcome.run_us
                 timings.others_us = max(0, outcome.whole_us - run_us)
                 answer = Answer(outcome, timings.queue_us)
+                self._finish(run, answer)
                 self._metrics.ran(
                     run.session.tenant,
                     run.operation.name,
@@ -263,7 +264,6 @@ class Execution:
                     device=run.device,
                     sent_bytes=answer.size_bytes - OVERHEAD_BYTES,
                 )
-                self._finish(run, answer)
             else:
                 self._finish(run, outcome)
         finally:  # whatever became of the answer, the slot is free
@@ -278,12 +278,14 @@ class Execution:
 
     def _finish(self, run: Run, outcome: Answer | RemoraError) -> None:
         self._remove(run)
-        run.release()
         waiter = run.waiter
         # Each of these leads back to the run: without them its tensors go now, and not when the collector comes.
         run.ticket = run.handle = run.flight = None
         run.waiter = _nobody
-        waiter(outcome)
+        try:
+            waiter(outcome)
+        finally:
+            run.release()  # after the answer is on its way: clearing the memory takes a while
 
     def _remove(self, run: Run) -> None:
         if run.library:

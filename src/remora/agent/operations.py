@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from remora.errors import InvalidArgumentError
 from remora.wire.remora_v1 import DTYPES, SHARE_ALIGN
@@ -133,7 +133,8 @@ def shared_part(region: Region, offset: int, size_bytes: int, what: str) -> memo
 def shared_tensor(region: Region, name: str, dtype: str, shape: Sequence[int], offset: int) -> TensorView:
     """Return a checked tensor whose bytes lie in the memory that a client shares."""
     size_bytes = _size_bytes(name, dtype, shape)  # before anything is multiplied or written of a shape of thousands
-    return tensor(name, dtype, shape, shared_part(region, offset, size_bytes, "a tensor"))
+    checked = tensor(name, dtype, shape, shared_part(region, offset, size_bytes, "a tensor"))
+    return replace(checked, offset=offset)
 
 
 def infer(

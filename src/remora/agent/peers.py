@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from remora.agent.execution import Run
 from remora.agent.identity import Identity
@@ -16,6 +16,9 @@ from remora.agent.policy import Limits
 from remora.agent.sessions import Session
 from remora.errors import RemoraError, ResourceExhaustedError
 from remora.workers.contract import Block, Region
+
+if TYPE_CHECKING:
+    from remora.agent.doors.inference import Form
 
 
 class Connection(Protocol):
@@ -45,6 +48,7 @@ class Peer:
     __slots__ = (
         "active_s",
         "connection",
+        "forms",
         "greeting",
         "identity",
         "local",
@@ -71,6 +75,8 @@ class Peer:
         self.requests = 0
         #: On the agent's own Unix socket: descriptors can be passed to it.
         self.local = False
+        #: Requests that it has sent before, by their bytes (`agent.doors.inference`).
+        self.forms: dict[bytes, Form] | None = None
         #: Memory shared with it, by number (`agent.sharing`).
         self.regions: dict[int, Region] | None = None
 

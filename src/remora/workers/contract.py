@@ -17,6 +17,8 @@ from remora.errors import RemoraError
 #: Trust domain of catalogue models: one worker serves all tenants. Other domains are a tenant's name, and those of its
 #: libraries.
 SHARED = "shared"
+#: Name, dtype, shape, offset and length of a tensor.
+TensorPlace = tuple[str, str, tuple[int, ...], int, int]
 #: Format of a shared library.
 LIBRARY = "library"
 
@@ -87,7 +89,7 @@ class TensorView:
     dtype: str
     shape: tuple[int, ...]
     data: memoryview  # contiguous, format "B"
-    offset: int = 0  # of an output in its arena or region
+    offset: int = 0  # of an output in its arena or region, of a shared input in its region
 
 
 class Region(Protocol):
@@ -141,6 +143,9 @@ class Result:
     whole_us: int = 0
     #: Where the outputs lie if the client may write over them: good for one answer, not to be remembered.
     region: Region | None = None
+    #: The outputs as the worker described them, relative to `start`: the same object for the same description.
+    places: tuple[TensorPlace, ...] | None = None
+    start: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ the old one was. Jobs wait here only while there is no process, or while it load
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -67,6 +68,7 @@ class Domain:
         self._backoff_s = 0.0
         self._failed_starts = 0
         self._restart: Timer | None = None
+        self._deadline: Timer | None = None
         self._blameless = False
 
     def load(self, source: ModelSource, done: LoadDone) -> None:
@@ -111,11 +113,30 @@ class Domain:
             problem = NotFoundError(f"model {pending.job.model} is not loaded", fix="load it first")
             pending.finish(problem, self._reactor.call_soon)
             return False
-        if pending.job.deadline_s is not None:
-            delay_s = pending.job.deadline_s - time.monotonic()
-            late = DeadlineExceededError("the deadline passed before the job was done")
-            pending.timer = self._reactor.call_later(max(0.0, delay_s), lambda: self.give_up(pending, late))
+        deadline_s = pending.job.deadline_s
+        if deadline_s is not None and (self._deadline is None or deadline_s < self._deadline.when_s):
+            self._watch(deadline_s)
         return True
+
+    def _watch(self, deadline_s: float) -> None:
+        """Look for late jobs then: one timer for all, since nearly every job ends long before its deadline."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self._reactor.call_later(max(0.0, deadline_s - time.monotonic()), self._expire)
+
+    def _expire(self) -> None:
+        self._deadline = None
+        now_s, next_s = time.monotonic(), math.inf
+        for pending in [*self.jobs.values(), *self.waiting]:
+            deadline_s = pending.job.deadline_s
+            if deadline_s is None or pending.error is not None:
+                continue
+            if deadline_s <= now_s:
+                self.give_up(pending, DeadlineExceededError("the deadline passed before the job was done"))
+            else:
+                next_s = min(next_s, deadline_s)
+        if next_s < math.inf:
+            self._watch(next_s)
 
     def give_up(self, pending: PendingJob, error: RemoraError) -> None:
         """Cancel a job: at once while it waits, else when its worker lets go of it or is killed."""
@@ -319,8 +340,9 @@ class Domain:
     def close(self, error: RemoraError) -> None:
         """Kill the worker and answer whatever is in flight."""
         process, self.process = self.process, None
-        if self._restart is not None:
-            self._restart.cancel()
+        for timer in (self._restart, self._deadline):
+            if timer is not None:
+                timer.cancel()
         if process is not None:
             process.kill("it was closed")
         in_flight, self.jobs = self.jobs, {}

@@ -13,8 +13,9 @@ from math import prod
 from remora.errors import AbortedError, InvalidArgumentError, RemoraError
 from remora.reactor import Timer
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.arena import ALIGN, Arena, ArenaBlock, Region, RegionBlock
+from remora.workers.arena import ALIGN, Arena, ArenaBlock, Region, RegionBlock, SharedMemory
 from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView
+from remora.workers.packed import pack_job, places_of
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, labels_of, outputs_of
 
 Done = Callable[[Result | RemoraError], None]
@@ -36,7 +37,6 @@ class PendingJob:
         "arena",
         "attempts",
         "error",
-        "timer",
         "grace",
         "block",
         "form",
@@ -54,7 +54,6 @@ class PendingJob:
         self.attempts = 0
         #: Why it was given up; its worker has yet to let go.
         self.error: RemoraError | None = None
-        self.timer: Timer | None = None
         self.grace: Timer | None = None
         self.block: ArenaBlock | RegionBlock | None = None
         #: The client's memory that its tensors lie in.
@@ -93,14 +92,14 @@ class PendingJob:
             else:
                 self._wanted = wanted_outputs(spec, self.job.outputs)
                 self.block = self._output_block(guess_bytes)
-                message["in"] = self._inputs()
-                message.update(out=self.job.outputs, b=self.block.arena.id, off=self.block.offset, len=self.block.size)
-                if self.region is not None:
-                    message.update(a=self.region.id, shared=True)
-        data = encode(message)
-        if len(data) > MAX_MESSAGE_BYTES:
-            raise InvalidArgumentError("the request has too many tensors, or too long names", fix="send fewer at once")
-        return data
+                return _checked(self._packed(number, self.region or self.arena, self.block))
+        return _checked(encode(message))
+
+    def _packed(self, number: int, memory: SharedMemory, block: ArenaBlock | RegionBlock) -> bytes:
+        inputs, shared = self.job.inputs, self.region is not None
+        offsets = [one.offset for one in inputs] if shared else [self._place(one.data) for one in inputs]
+        arenas, room = (memory.id, block.arena.id), (block.offset, block.size)
+        return pack_job(self.id, number, arenas, room, inputs, offsets, self.job.outputs, shared=shared)
 
     def _output_block(self, guess_bytes: int) -> ArenaBlock | RegionBlock:
         assert self.arena is not None
@@ -116,7 +115,7 @@ class PendingJob:
 
     def _place(self, view: memoryview) -> int:
         assert self.arena is not None
-        offset = (self.region or self.arena).locate(view)
+        offset = self.arena.locate(view)
         if offset is None:
             copy = self.arena.allocate(len(view))
             self._copies.append(copy)
@@ -152,14 +151,17 @@ class PendingJob:
             )
         if self.job.operation in ("infer", "compute", "exec") and self.block is not None:
             block, memory = self.block, self.block.arena.memory
-            places = outputs_of(message.get("out"), self._wanted, block.offset, block.size)
+            if "layout" in message:
+                at, places = message["at"], places_of(message, self.job.model, self._wanted, block.offset, block.size)
+            else:
+                at, places = 0, outputs_of(message.get("out"), self._wanted, block.offset, block.size)
             views = tuple(
-                TensorView(name, dtype, shape, memory[start : start + length], start)
+                TensorView(name, dtype, shape, memory[at + start : at + start + length], at + start)
                 for name, dtype, shape, start, length in places
             )
             self.block = None
             region = self.region if isinstance(block, RegionBlock) else None
-            return Result(outputs=views, run_us=run_us, release=block.release, region=region)
+            return Result(views, run_us=run_us, release=block.release, region=region, places=places, start=at)
         return Result(run_us=run_us)
 
     def finish(self, outcome: Result | RemoraError, later: Callable[[Callable[[], None]], None] | None = None) -> None:
@@ -169,10 +171,9 @@ class PendingJob:
         the call.
         """
         done, self.done = self.done, None
-        for timer in (self.timer, self.grace):
-            if timer is not None:
-                timer.cancel()
-        self.timer = self.grace = None
+        if self.grace is not None:
+            self.grace.cancel()
+            self.grace = None
         self._free_memory()
         if done is not None and later is not None:
             later(lambda: done(outcome))
@@ -198,6 +199,12 @@ class PendingJob:
         for copy in self._copies:
             copy.release()
         self._copies.clear()
+
+
+def _checked(data: bytes) -> bytes:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise InvalidArgumentError("the request has too many tensors, or too long names", fix="send fewer at once")
+    return data
 
 
 def wanted_outputs(spec: ModelSpec, names: Sequence[str]) -> tuple[TensorSpec, ...]:

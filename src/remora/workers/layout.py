@@ -12,12 +12,13 @@ from math import prod
 from remora.backends.contract import Array, Spec
 from remora.wire.remora_v1 import DTYPES
 from remora.workers.arena import ALIGN
+from remora.workers.protocol import encode_value
 
 
 class Layout:
     """Outputs in order, each at a multiple of `ALIGN` from the start of the block."""
 
-    __slots__ = ("offsets", "sizes", "specs", "total")
+    __slots__ = ("encoded", "offsets", "sizes", "specs", "total")
 
     def __init__(self, specs: Sequence[Spec]) -> None:
         self.specs = tuple(specs)
@@ -28,6 +29,8 @@ class Layout:
             total += (size + ALIGN - 1) // ALIGN * ALIGN
         self.offsets = tuple(offsets)
         self.total = total
+        #: As answers show it (`packed`).
+        self.encoded = encode_value(self.places(0))
 
     @classmethod
     def of(cls, names: Sequence[str], arrays: Sequence[Array]) -> Layout:

@@ -46,6 +46,7 @@ from remora.workers.calibration import calibrate
 from remora.workers.contract import LIBRARY
 from remora.workers.joining import JoinedRun, Member
 from remora.workers.layout import Layout
+from remora.workers.packed import JOB, pack_answer, unpack_job
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts, library_path, pack, unpack
 
 _PR_SET_PDEATHSIG = 1
@@ -199,13 +200,13 @@ class Worker:
             data = receive(MAX_MESSAGE_BYTES)
             if not data:
                 os._exit(0)
-            jobs = [decode(part) for part in unpack(data)]
+            jobs = [unpack_job(part) if part[0] == JOB else decode(part) for part in unpack(data)]
             stops = [self._enter(job["id"]) for job in jobs]
             try:
                 if len(jobs) == 1:
-                    send(encode(self._run(jobs[0], stops[0])))
+                    send(_answer(self._run(jobs[0], stops[0])))
                 else:
-                    for answers in pack([encode(answer) for answer in self._run_together(jobs, stops)]):
+                    for answers in pack([_answer(answer) for answer in self._run_together(jobs, stops)]):
                         send(answers)
             finally:
                 with self._lock:
@@ -257,8 +258,8 @@ class Worker:
         self._jobs.send(encode({"t": "failed", "id": one.job["id"], "error": error_parts(error), "us": 0}))
 
     def _part(self, job: Message, wanted: Sequence[str], arrays: Sequence[Array]) -> Message:
-        places = self._store(job, Layout.of(wanted, arrays), arrays)
-        return {"t": "done", "id": job["id"], "out": places}
+        layout = Layout.of(wanted, arrays)
+        return {"t": "done", "id": job["id"], "at": self._store(job, layout, arrays), "layout": layout}
 
     def _guarded(self, job_id: int, compute: Callable[[], Message]) -> Message:
         """Return what `compute` returns, or its failure as an answer."""
@@ -295,7 +296,8 @@ class Worker:
                 "id": job["id"],
                 "labels": classifier.classify(picture, job["top"], stop, self._limits),
             }
-        return {"t": "done", "id": job["id"], "out": self._infer(job, model, stop)}
+        start, layout = self._infer(job, model, stop)
+        return {"t": "done", "id": job["id"], "at": start, "layout": layout}
 
     def _model(self, job: Message) -> LoadedModel:
         model = self._models.get(job["m"], (None, None))[0]
@@ -340,7 +342,7 @@ class Worker:
             places.append([spec.name, spec.dtype, [len(result)], start, len(result)])
         return places
 
-    def _infer(self, job: Message, model: LoadedModel, stop: Stop) -> list[list[object]]:
+    def _infer(self, job: Message, model: LoadedModel, stop: Stop) -> tuple[int, Layout]:
         feeds = self._feeds(job)
         wanted, layout = self._plan(job, model, feeds)
         if layout is not None and layout.total >= _BIND_BYTES:
@@ -351,25 +353,24 @@ class Worker:
                     for spec, offset in zip(layout.specs, layout.offsets, strict=True)
                 ]
                 model.run(feeds, wanted, stop, into)
-                return layout.places(start)
+                return start, layout
         computed = model.run(feeds, wanted, stop)
         if layout is None or not layout.fits(computed):
             layout = Layout.of(wanted, computed)
-        return self._store(job, layout, computed)
+        return self._store(job, layout, computed), layout
 
-    def _store(self, job: Message, layout: Layout, computed: Sequence[Array]) -> list[list[object]]:
-        """Copy outputs into the job's block; returns where they lie."""
+    def _store(self, job: Message, layout: Layout, computed: Sequence[Array]) -> int:
+        """Copy outputs into the job's block; returns where they begin."""
         target, start = self._place(job, layout.total)
         for spec, offset, array in zip(layout.specs, layout.offsets, computed, strict=True):
             _array(target, spec.dtype, spec.shape, start + offset)[...] = array
-        return layout.places(start)
+        return start
 
     def _plan(
         self, job: Message, model: LoadedModel, feeds: Mapping[str, Array]
     ) -> tuple[tuple[str, ...], Layout | None]:
         """Check the inputs, and work out the outputs; both are remembered for the next job of the same form."""
-        inputs = tuple((name, dtype, tuple(shape)) for name, dtype, shape, _offset, _size in job["in"])
-        key = (job["m"], tuple(job["out"]), inputs)
+        key = job["m"], job["form"]
         known = self._plans.get(key)
         if known is None:
             wanted = model.check(feeds, job["out"])
@@ -401,6 +402,12 @@ def trim_memory() -> None:
     """Give memory that is free back to the kernel: the C library would keep it for the next allocation."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _answer(message: Message) -> bytes:
+    if "layout" in message:
+        return pack_answer(message["id"], message["us"], message.get("all", 0), message["at"], message["layout"])
+    return encode(message)
 
 
 def _array(memory: mmap.mmap, dtype: str, shape: Sequence[int], offset: int) -> Array:

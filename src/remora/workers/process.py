@@ -22,6 +22,7 @@ from remora.reactor import READ, WRITE, Reactor, Timer
 from remora.workers import launcher
 from remora.workers.cells import Cell
 from remora.workers.cgroups import Bounds
+from remora.workers.packed import ANSWER, unpack_answer
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, unpack
 from remora.workers.settings import WorkerSettings
 
@@ -175,7 +176,7 @@ class WorkerProcess:
             try:
                 for part in unpack(data):
                     if not self.dead:
-                        self._take(decode(part))
+                        self._take(unpack_answer(part) if part[0] == ANSWER else decode(part))
             except ProtocolError as error:
                 self.kill(error.message)
                 return

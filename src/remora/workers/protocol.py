@@ -11,17 +11,17 @@ control, agent -> worker       assign{shared, memory, threads, device}  arena{id
                                cancel{id}  block{id, b, off, len}         answer to `need`; len 0: refused
 control, worker -> agent       hello{}  arena{id}  loaded{m, inputs, outputs, device, by, mem}  refused{m, error}
                                measured{m, curve, threads, rows}  measured{m, error}
-jobs, agent -> worker          noop{id}  infer{id, m, a, in, b, out, off, len, shared}
+jobs, agent -> worker          noop{id}  infer: see `packed`
                                classify{id, m, a, off, len, top}
                                compute{id, f, n, a, in, out, off}         function, numbers; `out` are specs
                                exec{id, m, f, a, in, out, off}            symbol; the last of `in` are `out` before
-jobs, worker -> agent          done{id, us, out | labels}  failed{id, us, error}  need{id, len}
+jobs, worker -> agent          done{id, us, out | labels}, of infer: see `packed`  failed{id, us, error}  need{id, len}
 
 A batch is one datagram: `PACK`, and each job's datagram with its length before it; the worker packs the answers the
 same way, except those of members that are given up, which come as soon as they are. `us` is a member's part of the run,
 `all` the whole run.
 
-`a` is the arena of the inputs and `b` that of the outputs; `shared`: the client may write to the inputs meanwhile.
+`a` is the arena of the inputs and `b` that of the outputs; `shared`: the client may write to both meanwhile.
 `m` numbers a load, so that an answer to an earlier one is not taken for this one's. A tensor is [name, dtype, shape,
 offset, length]; a spec [name, dtype, shape]; an error [code, message, fix]. The worker of a tenant may be hostile:
 whatever it sends is checked here, and what does not fit is a `ProtocolError`, which costs it its life.
@@ -37,7 +37,7 @@ from typing import Any
 
 from remora.errors import ProtocolError, RemoraError, from_code
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.contract import Measurement, TensorSpec
+from remora.workers.contract import Measurement, TensorPlace, TensorSpec
 
 MAX_MESSAGE_BYTES = 64 * 1024
 #: First byte of a pack; no single datagram begins with it.
@@ -50,8 +50,6 @@ _MAX_POINTS = 64
 
 #: A JSON object, before it is checked.
 Message = dict[str, Any]
-#: [name, dtype, shape, offset, length] once it is checked.
-TensorPlace = tuple[str, str, tuple[int, ...], int, int]
 
 
 # json.dumps with options makes an encoder per call, and json.loads guesses the encoding in Python: both cost more than
@@ -67,6 +65,11 @@ def library_path(number: int) -> str:
 
 def encode(message: Message) -> bytes:
     return _write(message).encode()
+
+
+def encode_value(value: object) -> bytes:
+    """Return JSON that `parse` reads."""
+    return _write(value).encode()
 
 
 def parse(data: bytes) -> object:

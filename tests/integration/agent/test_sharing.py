@@ -86,6 +86,15 @@ def test_a_tensor_goes_through_shared_memory_and_comes_back_in_it(agent: AgentPr
     assert bytes(region.memory[8192 : 8192 + 4096]) == FLOATS.tobytes()
 
 
+def test_a_tensor_may_lie_anywhere(agent: AgentProcess, guest: Guest) -> None:
+    region = share(agent, guest.token)
+    region.memory[12288 : 12288 + 4096] = FLOATS.tobytes()
+    for _ in range(2):
+        assert infer(guest, request(offset=12288)).region
+        assert bytes(region.memory[8192 : 8192 + 4096]) == FLOATS.tobytes()
+        region.memory[8192 : 8192 + 4096] = bytes(4096)
+
+
 def test_nothing_is_written_outside_the_place_for_outputs(agent: AgentProcess, guest: Guest) -> None:
     region = share(agent, guest.token)
     region.memory[:] = b"\xaa" * region.size_bytes

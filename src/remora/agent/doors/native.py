@@ -13,20 +13,17 @@ from remora.agent import operations
 from remora.agent.answers import Answer
 from remora.agent.core import Core
 from remora.agent.doors.calls import as_remora_error, run_for
+from remora.agent.doors.inference import DECODE_LIMITS, form_of
 from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
-from remora.agent.sharing import region_of
 from remora.errors import FailedPreconditionError, InvalidArgumentError, RemoraError, UnimplementedError
 from remora.wire import remora_v1 as v1
-from remora.wire.protobuf import Limits, Message
+from remora.wire.protobuf import Message
 from remora.wire.ttrpc.calls import Call
 from remora.wire.ttrpc.reactor import ServerConnection
-from remora.workers.contract import Region, TensorView
 
 NAME = "native"
-#: More elements than any valid request has: 256 tensors of 16 dimensions.
-_DECODE_LIMITS = Limits(max_depth=4, max_elements=8192)
 _EMPTY = v1.Empty()
 _MAX_CLIENT_NAME = 200
 
@@ -71,25 +68,6 @@ def _timing(answer: Answer) -> v1.Timing:
     return v1.Timing(queue_us=answer.queue_us, run_us=answer.result.run_us)
 
 
-def _tensor(region: Region | None, given: v1.Tensor) -> TensorView:
-    if region is None:
-        return operations.tensor(given.name, given.dtype, given.shape, given.data)
-    if given.data:
-        raise InvalidArgumentError(
-            f"tensor {given.name!r} has bytes in the message, and the message names a region", fix="use one of the two"
-        )
-    return operations.shared_tensor(region, given.name, given.dtype, given.shape, given.offset)
-
-
-def _tensor_message(output: TensorView, *, in_region: bool) -> v1.Tensor:
-    message = v1.Tensor(name=output.name, dtype=output.dtype, shape=list(output.shape))
-    if in_region:
-        message.offset = output.offset
-    else:
-        message.data = output.data
-    return message
-
-
 class NativeDoor:
     """Answers the calls of `remora.v1.Accelerator`."""
 
@@ -102,7 +80,6 @@ class NativeDoor:
             "PutResource": self._put_resource,
             "LoadModel": self._load_model,
             "UnloadModel": self._unload_model,
-            "Infer": self._infer,
             "Classify": self._classify,
         }
         self._methods = {name: (v1.METHODS[name][0], method) for name, method in methods.items()}
@@ -117,17 +94,20 @@ class NativeDoor:
                     self._session(peer, call)
                 answer = _same_data(call.payload)
                 if answer is None:
-                    request = v1.NoopRequest.decode(call.payload, limits=_DECODE_LIMITS)
+                    request = v1.NoopRequest.decode(call.payload, limits=DECODE_LIMITS)
                     call.respond(v1.NoopResponse(data=request.data))
                 else:
                     call.respond(answer)
                 self._core.metrics.answered(NAME, "Noop", peer.identity.tenant, "OK")
                 return
             if call.method == "Hello":
-                self._hello(peer, call, v1.HelloRequest.decode(call.payload, limits=_DECODE_LIMITS))
+                self._hello(peer, call, v1.HelloRequest.decode(call.payload, limits=DECODE_LIMITS))
                 return
             if call.method == "Share":
-                self._share(peer, call, v1.ShareRequest.decode(call.payload, limits=_DECODE_LIMITS))
+                self._share(peer, call, v1.ShareRequest.decode(call.payload, limits=DECODE_LIMITS))
+                return
+            if call.method == "Infer":
+                self._infer(peer, self._session(peer, call), call)
                 return
             entry = self._methods.get(call.method)
             if entry is None:
@@ -135,7 +115,7 @@ class NativeDoor:
                     f"{v1.SERVICE} has no method {call.method[:100]!r}", fix=f"it has {', '.join(v1.METHODS)}"
                 )
             session = self._session(peer, call)
-            entry[1](peer, session, call, entry[0].decode(call.payload, limits=_DECODE_LIMITS))
+            entry[1](peer, session, call, entry[0].decode(call.payload, limits=DECODE_LIMITS))
         except Exception as error:  # noqa: BLE001 - the border of a call: every failure is answered and reported
             self._fail(peer, call, as_remora_error(self._core, error))
 
@@ -305,29 +285,13 @@ class NativeDoor:
 
     # -- operations -------------------------------------------------------------------------------------------------
 
-    def _infer(self, peer: Peer, session: Session, call: Call, request: v1.InferRequest) -> None:
-        operations.check_tensor_count(len(request.inputs))
-        region, place, number = None, (0, 0), request.region
-        if number:
-            region = region_of(peer, number)
-            place = request.output_offset, request.output_bytes
-            operations.shared_part(region, *place, "the place for outputs")
-        operation = operations.infer(
-            request.model,
-            [_tensor(region, given) for given in request.inputs],
-            request.outputs,
-            deadline_s=self._core.deadline_s(call.deadline_s),
-            request_id=request.request_id,
-            region=region,
-            place=place,
-        )
+    def _infer(self, peer: Peer, session: Session, call: Call) -> None:
+        form, request_id = form_of(peer, call.payload)
+        operation = form.ask(self._core.deadline_s(call.deadline_s), request_id)
 
         def reply(answer: Answer) -> None:
-            # A request that was sent again may get the answer of its first run, which lies in other memory.
-            here = number if region is not None and answer.result.region is region else 0
-            outputs = [_tensor_message(out, in_region=here > 0) for out in answer.result.outputs]
-            response = v1.InferResponse(outputs=outputs, timing=_timing(answer), region=here)
-            self._respond(peer, call, response, answer.drop)
+            call.respond(form.answer(answer), on_sent=answer.drop)
+            self._core.metrics.answered(NAME, "Infer", peer.identity.tenant, "OK")
 
         self._run(peer, session, call, operation, reply)
 

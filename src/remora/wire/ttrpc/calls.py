@@ -280,11 +280,10 @@ class Calls:
         return body if isinstance(body, RemoraError) else None
 
     def _open(self, stream_id: int, flags: int, body: Piece, block: Optional[Block]) -> Call:
-        names, payload, rest = _parse(body)
-        streaming = bool(flags & REMOTE_OPEN)
-        call = Call(self, stream_id, names, payload, () if rest is None else rest.metadata, block, streaming)
-        if rest is not None and rest.timeout_nano > 0:
-            call.deadline_s = self._clock() + rest.timeout_nano / 1e9
+        names, payload, timeout_nano, metadata = _parse(body)
+        call = Call(self, stream_id, names, payload, metadata, block, bool(flags & REMOTE_OPEN))
+        if timeout_nano > 0:
+            call.deadline_s = self._clock() + timeout_nano / 1e9
         self.active[stream_id] = call
         return call
 
@@ -341,8 +340,8 @@ def _only_timeout(body: Piece, pos: int, size: int) -> int:
     return value if pos == size and value < 1 << 63 else 0
 
 
-def _parse(body: Piece) -> Tuple[Tuple[str, str], Piece, Optional[Request]]:
-    """Return ((service, method), payload, the whole request if it has more than that).
+def _parse(body: Piece) -> Tuple[Tuple[str, str], Piece, int, Sequence[KeyValue]]:
+    """Return ((service, method), payload, timeout_nano, metadata).
 
     Almost all requests of a peer start with the same few strings, so their bytes are looked up, not decoded.
     """
@@ -354,19 +353,19 @@ def _parse(body: Piece) -> Tuple[Tuple[str, str], Piece, Optional[Request]]:
             names = _known.get(bytes(body[:stop]))
             if names is not None:
                 if stop == size:
-                    return names, b"", None
+                    return names, b"", 0, ()
                 if body[stop] == 0x1A:
                     try:
                         start, end = read_length(body, stop + 1, size)
                     except IndexError as error:
                         raise DecodeError("Request: the message ends in the middle of a field") from error
                     if end == size:
-                        return names, body[start:], None
+                        return names, body[start:], 0, ()
                     timeout_nano = _only_timeout(body, end, size)
                     if timeout_nano:
-                        return names, body[start:end], Request(timeout_nano=timeout_nano)
+                        return names, body[start:end], timeout_nano, ()
     request = Request.decode(body, limits=ENVELOPE_LIMITS)
     names = request.service, request.method
     if len(_known) < _MAX_CACHED and len(request.service) + len(request.method) < 120:
         _known[Request(service=names[0], method=names[1]).to_bytes()] = names
-    return names, request.payload, request
+    return names, request.payload, request.timeout_nano, request.metadata
