@@ -84,7 +84,7 @@ def _count(counter: Counter[tuple[str, str, str]], key: tuple[str, str, str]) ->
 
 
 class Metrics:
-    """Counters of the agent. All methods but none of the attributes are for the path of a request."""
+    """Counters of the agent, in the loop's thread."""
 
     def __init__(self) -> None:
         self.tenants: dict[str, TenantCounts] = {}

@@ -38,7 +38,7 @@ _CHANGES = {
     4: "if it recurs: more workers.threads, another device, or less load; `remora top` shows the queues",
     10: "the worker died: see `worker died` before this line, and workers.*_memory_bytes",
     13: "a fault of the agent or its worker: see the cause; please report it",
-    14: "nothing if the agent drains; else see `remora agent status`",
+    14: "nothing if the agent drains, or the client was too slow; else see `remora agent status`",
     15: "a stored file was damaged: check the disk; the client uploads it again",
 }
 

@@ -131,6 +131,14 @@ def test_a_message_that_is_too_large_is_refused_in_the_log(traced: AgentProcess)
     assert "message_bytes under [limits]" in str(lines()[0]["change"])
 
 
+def test_bytes_that_are_no_protocol_are_a_line_too(traced: AgentProcess) -> None:
+    with traced.connect() as sock:
+        sock.sendall(b"\x00\x00\x00\x00\x00\x00\x00\x01\x07\x00" * 3)  # no such kind of frame
+        while sock.recv(1000):
+            pass
+    wait_until(lambda: '"operation": "message", "model": "", "session": "", "code": "INVALID' in traced.log, "the line")
+
+
 def test_neither_tokens_nor_payloads_are_in_the_log(traced: AgentProcess) -> None:
     marker = b"TOPSECRETPAYLOAD"
     with Guest(traced.connect()) as guest:

@@ -147,7 +147,7 @@ class WebConnection:
     # -- closing ----------------------------------------------------------------------------------------------------
 
     def close(self, reason: RemoraError | None = None) -> None:
-        """Close at once; exchanges are cancelled with `reason`."""
+        """Close at once; exchanges are cancelled with `reason`, of which the operator is told."""
         if self.closed:
             return
         self.closed = True
@@ -165,6 +165,8 @@ class WebConnection:
                 self._speaker.closed(reason or UnavailableError("the client has closed the connection"))
         finally:
             self._on_close()
+            if reason is not None:
+                self.refused(reason)
 
     def _say_goodbye(self) -> None:
         """Everything is sent: closing now, with bytes unread, would take it from the peer again (TCP's RST)."""

@@ -43,7 +43,7 @@ class ServerConnection:
         max_message_bytes: Largest message body; larger ones are answered with RESOURCE_EXHAUSTED and skipped.
         allocate: Makes the blocks of large bodies, see `frames.FrameDecoder`.
         on_close: Called once when the connection is gone; its calls have been cancelled by then.
-        on_refused: Called with the error of a request that no handler saw, such as one that is too large.
+        on_refused: Called with the error of a request that no handler saw, or that closed the connection.
         max_in_flight: Open calls beyond which nothing more is read; what came in the same 8 KiB is still served.
         max_out_bytes: Unsent bytes beyond which nothing more is read.
         frame_timeout_s: How long a begun frame may take, besides the time for its bytes at 64 KiB/s.
@@ -162,7 +162,7 @@ class ServerConnection:
         self._update_events()
 
     def close(self, reason: Optional[RemoraError] = None) -> None:
-        """Close the connection; its calls are cancelled with `reason`."""
+        """Close the connection; its calls are cancelled with `reason`, of which the operator is told."""
         if self.closed:
             return
         self.closed = True
@@ -185,6 +185,8 @@ class ServerConnection:
             callbacks, self._on_close = self._on_close, []
             for callback in callbacks:
                 callback(self)
+            if reason is not None:
+                self.refused(reason)
 
     # -- what calls use ---------------------------------------------------------------------------------------------
 
