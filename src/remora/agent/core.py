@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from remora.agent.answers import Answers
+from remora.agent.cards import CatalogueEntry
 from remora.agent.disk import DiskPool
 from remora.agent.execution import Execution
 from remora.agent.exposition import Exposition
@@ -19,16 +20,18 @@ from remora.agent.journal import Journal
 from remora.agent.libraries import Libraries
 from remora.agent.logs import Log
 from remora.agent.metrics import Metrics
-from remora.agent.models import CatalogueEntry, Models
+from remora.agent.models import Models
 from remora.agent.notebook import Notebook
 from remora.agent.peers import Peer, Peers
 from remora.agent.policy import Policy
 from remora.agent.quotas import Quotas
 from remora.agent.refusals import explain, of_limit
+from remora.agent.residency import Residency
 from remora.agent.scheduler import FairScheduler
 from remora.agent.sessions import Session, Sessions
 from remora.agent.sharing import Sharing
 from remora.agent.store import Store
+from remora.agent.tickets import Lane
 from remora.agent.tracing import Tracer
 from remora.agent.tuning import Tuning
 from remora.errors import RemoraError
@@ -69,11 +72,18 @@ class Core:
         self.libraries = Libraries(workers, self.store, self.quotas, policy.workers.libraries, time.monotonic)
         notebook = Notebook(state / "models.json", self.disk)
         self.tuning = Tuning(workers, notebook, policy.workers, time.monotonic)
-        self.models = Models(catalogue, workers, self.store, self.sessions, self.disk, self.tuning)
+        self.residency = Residency(
+            policy.workers.budget_bytes,
+            time.monotonic,
+            lambda lane: self.scheduler.busy(lane),
+            self._evict,
+        )
+        self.models = Models(catalogue, workers, self.store, self.sessions, self.disk, self.tuning, self.residency)
         self.scheduler = FairScheduler(
             workers.slots, time.monotonic, policy.limits.queue_length_per_tenant, reactor.call_later
         )
-        self.scheduler.on_idle = self.tuning.idle
+        self.scheduler.on_idle = self._lane_idle
+        self.tuning.on_memory = self.residency.grown
         self.tuning.seed = self.scheduler.seed
         self.answers = Answers(policy.limits)
         self.models.terms = lambda session: self.quotas.terms(session.owner, session.tenant)
@@ -104,6 +114,15 @@ class Core:
         self._last_store_sweep_s = time.monotonic()
         self._closed = False
         reactor.call_later(_SWEEP_S, self._sweep)
+
+    def _evict(self, lane: Lane) -> None:
+        domain, model = lane
+        self.models.evict(lane)
+        self.log.of_tenant(domain, "model unloaded to make room for another", level="info", model=model)
+
+    def _lane_idle(self, lane: Lane) -> None:
+        self.tuning.idle(lane)
+        self.residency.idle(lane)
 
     def message_bytes(self, identity: Identity) -> int:
         """Return the largest message that a caller may send."""
@@ -251,6 +270,7 @@ class Core:
         self.sessions.expire()
         self.scheduler.expire()
         self.tuning.sweep()
+        self.residency.sweep()
         self.log.sweep()
         self.store.tidy()
         self.libraries.sweep()

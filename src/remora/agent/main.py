@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 from remora import __version__
 from remora.agent import lifecycle
 from remora.agent.addresses import Address
+from remora.agent.cards import CatalogueEntry
 from remora.agent.certificates import CertificateFiles
 from remora.agent.core import Core
 from remora.agent.handover import ENDING_S, Predecessor
 from remora.agent.inherited import Inherited
 from remora.agent.logs import Log
-from remora.agent.models import CatalogueEntry
 from remora.agent.otlp import Exporter, TraceOptions
 from remora.agent.policy import Policy
 from remora.agent.reloading import Reloading

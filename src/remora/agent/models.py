@@ -8,63 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from remora.agent import files
+from remora.agent.cards import CatalogueEntry, ModelCard
 from remora.agent.disk import DiskPool
 from remora.agent.operations import Operation, is_digest
+from remora.agent.residency import Residency
 from remora.agent.rules import UNBOUNDED, Terms
 from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
 from remora.agent.tickets import Plan
 from remora.agent.tuning import Tuning
 from remora.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
-from remora.workers.contract import SHARED, ModelSource, ModelSpec, TensorSpec, Workers
+from remora.workers.contract import SHARED, ModelSource, ModelSpec, Workers
 
 FORMATS = ("onnx",)
 
 SpecDone = Callable[[ModelSpec | RemoraError], None]
-
-
-class Description(Protocol):
-    """What the catalogue knows of a model without loading it (`catalog.ModelMetadata`)."""
-
-    @property
-    def description(self) -> str: ...
-
-    @property
-    def licence(self) -> str: ...
-
-    @property
-    def size_bytes(self) -> int: ...
-
-
-class CatalogueEntry(Protocol):
-    """A model of the operator's (`catalog.CatalogEntry`)."""
-
-    @property
-    def source(self) -> ModelSource: ...
-
-    @property
-    def info(self) -> Description: ...
-
-
-class ModelCard:
-    """A model as `Models` and `LoadModel` show it: what is known of it now."""
-
-    __slots__ = ("description", "digest", "inputs", "licence", "name", "outputs", "size_bytes", "spec", "task")
-
-    def __init__(self, name: str, task: str, digest: str, size_bytes: int, spec: ModelSpec | None) -> None:
-        self.name = name
-        self.task = task
-        self.digest = digest
-        self.size_bytes = size_bytes
-        self.spec = spec
-        self.inputs: tuple[TensorSpec, ...] = spec.inputs if spec is not None else ()
-        self.outputs: tuple[TensorSpec, ...] = spec.outputs if spec is not None else ()
-        self.description = ""
-        self.licence = ""
 
 
 def recognise(path: Path) -> str:
@@ -125,6 +87,7 @@ class Models:
         sessions: Sessions,
         disk: DiskPool,
         tuning: Tuning,
+        residency: Residency,
     ) -> None:
         self._catalogue = catalogue
         self._workers = workers
@@ -134,7 +97,10 @@ class Models:
         #: What policy grants to a session.
         self.terms: Callable[[Session], Terms] = lambda _session: UNBOUNDED
         self.tuning = tuning
+        self.residency = residency
         self._loaded: dict[tuple[str, str], ModelSpec] = {}
+        #: Where models run, as far as is known: where the last one came to run.
+        self._device = "cpu"
         self._waiting: dict[tuple[str, str], list[SpecDone]] = {}
 
     def domain_for(self, session: Session, model: str) -> str:
@@ -183,11 +149,13 @@ class Models:
         return self._loaded
 
     def plan(self, domain: str, operation: Operation) -> Plan:
-        """Return how a request for a loaded model is run."""
+        """Return how a request for a loaded model is run, which is thereby used."""
+        self.residency.used((domain, operation.model))
         return self.tuning.plan((domain, operation.model), operation)
 
     def loaded(self, domain: str, model: str) -> bool:
-        return (domain, model) in self._loaded
+        """True if the model takes requests now."""
+        return (domain, model) in self._loaded and not self.residency.leaving((domain, model))
 
     def ensure(self, session: Session, model: str, done: SpecDone, model_format: str = "") -> None:
         """Load the model into its domain's worker, if it is not there yet.
@@ -199,7 +167,7 @@ class Models:
         self.terms(session).check("models", model)
         key = (domain, model)
         spec = self._loaded.get(key)
-        if spec is not None:
+        if spec is not None and not self.residency.leaving(key):
             done(spec)
             return
         if (waiting := self._waiting.get(key)) is not None:
@@ -250,15 +218,55 @@ class Models:
             self._answer(key, error)
 
     def _load(self, key: tuple[str, str], source: ModelSource) -> None:
+        """Load a verified file as soon as there is room for it."""
+        try:
+            file_bytes = source.path.stat().st_size
+        except OSError:
+            file_bytes = 0  # whoever opens it says what is wrong
+        size_bytes = self.tuning.memory_bytes(key, source.digest)
+        size_bytes = size_bytes or self.residency.expected_bytes(self._device, file_bytes)
+        try:
+            self.residency.admit(
+                key, self._device, size_bytes, partial(self._begin_load, key, source), partial(self._answer, key)
+            )
+        except RemoraError as error:
+            self._answer(key, error)
+
+    def _begin_load(self, key: tuple[str, str], source: ModelSource) -> None:
         began_s = time.monotonic()
 
         def loaded(found: ModelSpec | RemoraError) -> None:
             outcome = _as_declared(source, found)
             if isinstance(outcome, ModelSpec):
-                self.tuning.loaded(key, source, outcome, time.monotonic() - began_s)
+                outcome = self._settle(key, source, outcome, time.monotonic() - began_s)
+            if isinstance(outcome, RemoraError):
+                self.residency.failed(key)
+                if isinstance(found, ModelSpec):
+                    self._workers.unload(*key)
             self._answer(key, outcome)
+            self.residency.trim()
 
         self._workers.load(key[0], source, loaded)
+
+    def _settle(
+        self, key: tuple[str, str], source: ModelSource, spec: ModelSpec, load_s: float
+    ) -> ModelSpec | RemoraError:
+        """Take a model in that is in its worker's memory, or say why it cannot stay."""
+        self._device = spec.device
+        self.tuning.loaded(key, source, spec, load_s)
+        size_bytes = max(spec.memory_bytes, self.tuning.memory_bytes(key, source.digest))
+        try:
+            self.residency.loaded(key, spec.device, size_bytes, load_s)
+        except RemoraError as error:
+            self.tuning.forget(key)
+            return error
+        return spec
+
+    def evict(self, key: tuple[str, str]) -> None:
+        """Unload an idle model; the next request for it loads it again."""
+        if self._loaded.pop(key, None) is not None:
+            self._workers.unload(*key)
+            self.tuning.forget(key)
 
     def _answer(self, key: tuple[str, str], outcome: ModelSpec | RemoraError) -> None:
         waiting = self._waiting.pop(key, [])
@@ -316,13 +324,16 @@ class Models:
         if not self._sessions.uses_model(tenant, model) and self._loaded.pop((tenant, model), None) is not None:
             self._workers.unload(tenant, model)
             self.tuning.forget((tenant, model))
+            self.residency.forget([(tenant, model)])
 
     def forget_domain(self, domain: str) -> None:
         """The domain's workers are gone."""
         self.tuning.forget_domain(domain)
-        for key in [key for key in self._loaded if key[0] == domain]:
-            del self._loaded[key]
+        gone = [key for key in (*self._loaded, *self._waiting) if key[0] == domain]
+        for key in gone:
+            self._loaded.pop(key, None)
             self.tuning.forget(key)
+        self.residency.forget(gone)
 
     def card(self, tenant: str, model: str) -> ModelCard:
         domain = self.domain(tenant, model)

@@ -110,6 +110,7 @@ _LEAST: dict[str, int] = {
     "shared_bytes_per_connection": 0,
     "shared_bytes_per_tenant": 0,
     "standby": 0,
+    "device_memory_bytes": 0,
     "calibrate_ms": 0,
     "tenant_memory_bytes": 0,
     "shared_memory_bytes": 0,

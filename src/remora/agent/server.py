@@ -14,6 +14,7 @@ from remora.agent import gauges
 from remora.agent.addresses import Address, parse_address
 from remora.agent.attachments import Attachment, Attachments
 from remora.agent.callers import UNKNOWN, Callers
+from remora.agent.cards import CatalogueEntry
 from remora.agent.certificates import CertificateFiles, TlsServer
 from remora.agent.core import Core
 from remora.agent.doors.control import ControlDoor
@@ -27,7 +28,6 @@ from remora.agent.identity import Identity
 from remora.agent.inherited import Inherited
 from remora.agent.listeners import Listener
 from remora.agent.logs import Log
-from remora.agent.models import CatalogueEntry
 from remora.agent.peer_process import peer_uid
 from remora.agent.peers import Peer
 from remora.agent.pods import PodFiles

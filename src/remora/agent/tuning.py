@@ -118,6 +118,10 @@ class Tuning:
         if facts is None:
             self._note(lane, key, Facts(source.digest, None, False, spec.memory_bytes, load_s))
 
+    def memory_bytes(self, lane: Lane, digest: str) -> int:
+        """Return what a model is known to take; 0 if it was never loaded."""
+        return self._notebook.memory_bytes(lane[0], digest, kept=lane[0] == SHARED)
+
     def idle(self, lane: Lane) -> None:
         """Nothing runs or waits in a lane: a good moment to measure its model."""
         waiting = self._unmeasured.get(lane)

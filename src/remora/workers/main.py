@@ -124,27 +124,9 @@ class Worker:
             threading.Thread(target=self._work, name=f"job-{number}", daemon=True).start()
 
     def _load(self, message: Message, fd: int) -> None:
-        number, key = message["m"], message["key"]
+        number = message["m"]
         try:
-            with os.fdopen(fd, "rb") as file:
-                data = file.read(self._limits.model_bytes + 1)
-            if len(data) > self._limits.model_bytes:
-                raise InvalidArgumentError(f"the model file is larger than {self._limits.model_bytes} bytes")
-            if f"sha256:{hashlib.sha256(data).hexdigest()}" != message["digest"]:
-                raise DataLossError(f"the file of model {key} is not the one with digest {message['digest']}")
-            backend = _BACKENDS[message["format"]]()
-            model = backend.load(data, self._device, self._limits)
-            classify = message["task"] == "classification"
-            self._models[number] = model, Classifier.from_manifest(model, message["manifest"]) if classify else None
-            answer: Message = {
-                "t": "loaded",
-                "m": number,
-                "inputs": [[spec.name, spec.dtype, spec.shape] for spec in model.inputs],
-                "outputs": [[spec.name, spec.dtype, spec.shape] for spec in model.outputs],
-                "device": model.device,
-                "by": f"{backend.name} {backend.version}",
-                "mem": model.memory_bytes,
-            }
+            answer = self._open(message, fd)
         except RemoraError as error:
             answer = {"t": "refused", "m": number, "error": error_parts(error)}
         except MemoryError:
@@ -152,7 +134,30 @@ class Worker:
             answer = {"t": "refused", "m": number, "error": error_parts(full)}
         except Exception as error:  # noqa: BLE001 - the border of a hostile model: reported, never swallowed
             answer = {"t": "refused", "m": number, "error": error_parts(_unexpected(error))}
+        trim_memory()  # the agent measures now what the model keeps, without the file and what was parsed of it
         self._tell(answer)
+
+    def _open(self, message: Message, fd: int) -> Message:
+        number, key = message["m"], message["key"]
+        with os.fdopen(fd, "rb") as file:
+            data = file.read(self._limits.model_bytes + 1)
+        if len(data) > self._limits.model_bytes:
+            raise InvalidArgumentError(f"the model file is larger than {self._limits.model_bytes} bytes")
+        if f"sha256:{hashlib.sha256(data).hexdigest()}" != message["digest"]:
+            raise DataLossError(f"the file of model {key} is not the one with digest {message['digest']}")
+        backend = _BACKENDS[message["format"]]()
+        model = backend.load(data, self._device, self._limits)
+        classify = message["task"] == "classification"
+        self._models[number] = model, Classifier.from_manifest(model, message["manifest"]) if classify else None
+        return {
+            "t": "loaded",
+            "m": number,
+            "inputs": [[spec.name, spec.dtype, spec.shape] for spec in model.inputs],
+            "outputs": [[spec.name, spec.dtype, spec.shape] for spec in model.outputs],
+            "device": model.device,
+            "by": f"{backend.name} {backend.version}",
+            "mem": model.memory_bytes,
+        }
 
     def _measure(self, message: Message) -> None:
         number = message["m"]

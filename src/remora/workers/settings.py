@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 from remora.errors import InvalidArgumentError
 
 CONFINEMENTS = ("bubblewrap", "none")
 _MIB = 1 << 20
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@cache
+def machine_memory_bytes() -> int:
+    """Return the memory of this machine, or of the control group (a container) that this process is confined to."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")]
+    for path in _CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # "max", or the other version of control groups
+            found.append(int(Path(path).read_text()))
+    return min(found)
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,9 @@ class WorkerSettings:
     #: Address space of a tenant's worker (RLIMIT_AS); 0: no limit. Its own code takes about 1.3 GiB of it.
     tenant_memory_bytes: int = 4096 * _MIB
     shared_memory_bytes: int = 0
+    #: What loaded models may take of each device, as measured; 0: half of the machine's memory on the CPU, no bound on
+    #: a GPU, whose size only its driver knows.
+    device_memory_bytes: int = 0
     open_files: int = 256
     #: Threads of a worker, with bubblewrap's own process; new processes are refused anyway.
     processes: int = 64
@@ -50,6 +67,10 @@ class WorkerSettings:
     backoff_first_s: float = 0.1
     backoff_most_s: float = 5.0
 
+    def budget_bytes(self, device: str) -> int:
+        """Return what models may take on a device; 0: no bound."""
+        return self.device_memory_bytes or (machine_memory_bytes() // 2 if device == "cpu" else 0)
+
     def __post_init__(self) -> None:
         if self.confinement not in CONFINEMENTS:
             raise InvalidArgumentError(
@@ -68,7 +89,7 @@ class WorkerSettings:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"worker setting {name} is {getattr(self, name)}", fix="use 1 or more")
-        for name in ("standby", "calibrate_ms", "tenant_memory_bytes", "shared_memory_bytes"):
+        for name in ("standby", "device_memory_bytes", "calibrate_ms", "tenant_memory_bytes", "shared_memory_bytes"):
             if getattr(self, name) < 0:
                 raise InvalidArgumentError(f"worker setting {name} is {getattr(self, name)}", fix="use 0 or more")
         if self.output_bytes > self.arena_bytes:

@@ -11,10 +11,10 @@ from typing import Any
 from remora import __version__
 from remora.agent import operations
 from remora.agent.answers import Answer
+from remora.agent.cards import ModelCard
 from remora.agent.core import Core
 from remora.agent.doors.calls import as_remora_error, run_for
 from remora.agent.doors.inference import DECODE_LIMITS, form_of
-from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
 from remora.errors import FailedPreconditionError, InvalidArgumentError, RemoraError, UnimplementedError

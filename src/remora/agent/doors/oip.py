@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from remora import __version__
 from remora.agent import operations
 from remora.agent.answers import Answer
+from remora.agent.cards import ModelCard
 from remora.agent.core import Core
 from remora.agent.doors.calls import as_remora_error, run_for
-from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
 from remora.agent.web.exchange import Exchange

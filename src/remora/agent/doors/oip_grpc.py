@@ -11,11 +11,11 @@ from typing import Any
 
 from remora.agent import operations
 from remora.agent.answers import Answer
+from remora.agent.cards import ModelCard
 from remora.agent.core import Core
 from remora.agent.doors import health, oip, oip_values
 from remora.agent.doors import oip_messages as messages
 from remora.agent.doors.calls import as_remora_error
-from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.web.http2_streams import GrpcExchange
 from remora.errors import InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError

@@ -12,11 +12,11 @@ from typing import Any
 
 from remora.agent import operations
 from remora.agent.answers import Answer
+from remora.agent.cards import ModelCard
 from remora.agent.core import Core
 from remora.agent.doors import oip, oip_values
 from remora.agent.doors.calls import as_remora_error
 from remora.agent.doors.oip_inputs import read_request
-from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.web.exchange import Piece
 from remora.agent.web.http1 import JSON, Http1Exchange, error_headers

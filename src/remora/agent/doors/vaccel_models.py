@@ -12,9 +12,9 @@ from typing import Any
 from remora.agent import operations
 from remora.agent.answers import Answer
 from remora.agent.bundles import Bundle, Bundles
+from remora.agent.cards import ModelCard
 from remora.agent.doors import vaccel_tensors as tensors
 from remora.agent.doors.vaccel_replies import EMPTY, BareError, Replies, bad_value, with_errno, with_status
-from remora.agent.models import ModelCard
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
 from remora.errors import (
