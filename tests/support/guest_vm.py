@@ -23,8 +23,8 @@ from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.images.guest_os import GuestImage
 from remora.reactor import Reactor
 from remora.wire.guest_v1 import CONTROL_PORT, METHODS, SERVICE, STDIO_PORT
+from remora.wire.ports import PORT
 from remora.wire.protobuf import Message
-from remora.wire.remora_v1 import PORT
 from remora.wire.ttrpc.sync import Client
 
 #: A cold boot takes 2-3 s on an idle machine; the bound is for a busy one.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remora.errors import FailedPreconditionError, InvalidArgumentError
-from remora.wire.remora_v1 import PORT
+from remora.wire.ports import PORT
 
 #: sockaddr_un.sun_path holds 108 bytes with the terminating NUL (unix(7)).
 MAX_SOCKET_PATH = 107

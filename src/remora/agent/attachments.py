@@ -22,7 +22,7 @@ from remora.agent.journal import Journal
 from remora.agent.listeners import Listener
 from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError
 from remora.reactor import Reactor
-from remora.wire.remora_v1 import OIP_PORT, PORT
+from remora.wire.ports import OIP_PORT, PORT
 
 SOCKET_NAME = f"channel.sock_{PORT}"
 OIP_SOCKET_NAME = f"channel.sock_{OIP_PORT}"

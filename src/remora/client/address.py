@@ -12,7 +12,7 @@ import os
 
 from remora.client.values import Value
 from remora.errors import InvalidArgumentError
-from remora.wire.remora_v1 import PORT
+from remora.wire.ports import PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

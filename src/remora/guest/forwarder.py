@@ -11,7 +11,7 @@ import socket
 from remora.errors import ResourceExhaustedError
 from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.reactor import READ
-from remora.wire.remora_v1 import OIP_PORT, PORT
+from remora.wire.ports import OIP_PORT, PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

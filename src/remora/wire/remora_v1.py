@@ -9,10 +9,6 @@ from __future__ import annotations
 from remora.wire.protobuf import Message, bool_, bytes_, double, int64, message, string, uint32, uint64
 
 SERVICE = "remora.v1.Accelerator"
-#: Port on which the agent answers a guest (vAccel's default port, too).
-PORT = 2048
-#: Channel port of the Open Inference Protocol, where the agent offers it to sandboxes.
-OIP_PORT = 8000
 #: Version of this protocol; `Hello` is refused with INVALID_ARGUMENT when the client asks for a newer one.
 VERSION = 1
 #: Upload chunk the SDK uses. An agent accepts any chunk up to its message limit.
