@@ -41,7 +41,8 @@ class Agent:
 
     def start(self) -> None:
         read_end, write_end = os.pipe()
-        command = self._remora.command("agent", "--state", str(self._state), "--ready-fd", str(write_end))
+        listen = ("--listen", f"unix://{self._remora.runtime}/accel.sock", "--listen", "oip+attached")
+        command = self._remora.command("agent", "--state", str(self._state), "--ready-fd", str(write_end), *listen)
         with self.log.open("ab") as log, os.fdopen(read_end) as ready:
             self._process = subprocess.Popen(command, env=self._remora.env, stderr=log, pass_fds=[write_end])
             os.close(write_end)
@@ -70,6 +71,26 @@ def host(image: str) -> Iterator[tuple[Remora, Agent]]:
 
 
 Host = tuple[Remora, Agent]
+#: What a stock client would do, without one: the image has nothing but Python.
+STOCK = """\
+import socket
+body = b'{"inputs": [{"name": "input", "shape": [1, 1, 1, 1], "datatype": "FP32", "data": [2.5]}]}'
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect("/run/remora/oip.sock")
+    lines = ["POST /v2/models/identity/infer HTTP/1.1", "Host: x", "Connection: close"]
+    lines.append("Content-Length: %d" % len(body))
+    sock.sendall("\\r\\n".join([*lines, "", ""]).encode() + body)
+    got = b""
+    while piece := sock.recv(4096):
+        got += piece
+print(got.split(b"\\r\\n")[0].decode(), b"[2.5]" in got)
+"""
+
+
+def test_a_stock_client_in_a_microvm_reaches_the_agent_as_its_sandbox(host: Host) -> None:
+    remora, _agent = host
+    done = remora("run", remora.image, "python3", "-c", STOCK)
+    assert (done.returncode, done.stdout) == (0, b"HTTP/1.1 200 OK True\n"), done.stderr.decode()
 
 
 def test_a_function_reaches_the_agent_and_is_detached_at_its_end(host: Host) -> None:
