@@ -126,8 +126,15 @@ class Core:
 
     def message_bytes(self, identity: Identity) -> int:
         """Return the largest message that a caller may send."""
-        granted: int | None = self.quotas.terms(identity.key, identity.tenant).values["message_bytes"]
-        return granted or self.limits.message_bytes
+        return self.message_limit(identity)[0]
+
+    def message_limit(self, identity: Identity) -> tuple[int, str]:
+        """Return the largest message that a caller may send, and how a refusal names what says so."""
+        terms = self.quotas.terms(identity.key, identity.tenant)
+        granted: int | None = terms.values["message_bytes"]
+        return (
+            (granted, terms.rule("message_bytes")) if granted else (self.limits.message_bytes, "limits.message_bytes")
+        )
 
     # -- sessions and tenants ---------------------------------------------------------------------------------------
 

@@ -62,11 +62,11 @@ def explain(error: RemoraError, policy: Policy, file: str = "") -> Refusal:
     """Return what an operator should know; `file` is the configuration in effect, empty for none."""
     code = code_name(error)
     where = file or "a file for --config"
-    if isinstance(error, MessageTooLargeError):
-        return _of_limit(code, policy, where, "limits", "message_bytes") or Refusal(code, code)
     rule = _of_rule(code, error.message)
     if rule is not None:
         return rule
+    if isinstance(error, MessageTooLargeError):
+        return _of_limit(code, policy, where, "limits", "message_bytes") or Refusal(code, code)
     for found in reversed(list(_LIMIT.finditer(error.message))):
         refusal = _of_limit(code, policy, where, found[2], found[3])
         if refusal is not None:

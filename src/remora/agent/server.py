@@ -261,12 +261,14 @@ class Agent:
             return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.send_buffer_bytes)
         peer = peers.join(identity)
+        most_bytes, limit_name = self.core.message_limit(identity)
         peer.local = attachment is None and not identity.remote and sock.family == socket.AF_UNIX
         peer.connection = ServerConnection(
             self._reactor,
             sock,
             partial(self._call, peer, attachment),
-            max_message_bytes=self.core.message_bytes(identity),
+            max_message_bytes=most_bytes,
+            limit_name=limit_name,
             allocate=partial(peers.allocate, identity.tenant),
             on_close=lambda _connection: peers.leave(peer),
             on_refused=lambda error: self.core.refused("none", "message", peer, error),

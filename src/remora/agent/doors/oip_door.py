@@ -79,12 +79,14 @@ class OipDoor:
             self._rest.handle(peer, exchange)
 
         core, limits = self._core, self._core.limits
+        most_bytes, limit_name = core.message_limit(peer.identity)
         return Http1(
             link,
             handle,
             scratch=core.reactor.scratch,
             allocate=partial(core.peers.allocate, peer.identity.tenant),
-            max_body_bytes=core.message_bytes(peer.identity),
+            max_body_bytes=most_bytes,
+            limit_name=limit_name,
             timeout_s=limits.frame_timeout_s,
             now_s=core.reactor.now_s,
             call_soon=core.reactor.call_soon,
@@ -97,12 +99,14 @@ class OipDoor:
             self._grpc.handle(peer, exchange)
 
         core, limits = self._core, self._core.limits
+        most_bytes, limit_name = core.message_limit(peer.identity)
         return Http2(
             link,
             handle,
             scratch=core.reactor.scratch,
             allocate=partial(core.peers.allocate, peer.identity.tenant),
-            max_body_bytes=core.message_bytes(peer.identity),
+            max_body_bytes=most_bytes,
+            limit_name=limit_name,
             max_streams=min(_MAX_STREAMS, limits.in_flight_per_connection),
             timeout_s=limits.frame_timeout_s,
             now_s=core.reactor.now_s,

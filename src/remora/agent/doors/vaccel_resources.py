@@ -139,10 +139,10 @@ class ResourceCalls:
         tenant = peer.identity.tenant
         bundle = self._find(tenant, request.resource_id)
         total = sum(self._core.store.size(tenant, digest) for digest in bundle.digests)
-        if total > self._core.limits.message_bytes:
+        most, name = self._core.message_limit(peer.identity)
+        if total > most:
             raise ResourceExhaustedError(
-                f"the resource's {total} bytes exceed one message of {self._core.limits.message_bytes} bytes "
-                "(limits.message_bytes)",
+                f"the resource's {total} bytes exceed one message of {most} bytes ({name})",
                 fix="ask the operator to raise it",
             )
         blobs: list[vaccel.ResourceBlob] = []

@@ -92,6 +92,7 @@ class Http1:
 
     Args:
         handler: Called with each request; answers now or later.
+        limit_name: How a refusal names what sets `max_body_bytes`.
         call_soon: The reactor's.
         timeout_s: How long a begun request may take, besides the time for its bytes at 64 KiB/s.
     """
@@ -107,6 +108,7 @@ class Http1:
         "_head",
         "_keep_alive",
         "_leaving",
+        "_limit_name",
         "_link",
         "_max_body_bytes",
         "_now_s",
@@ -126,6 +128,7 @@ class Http1:
         scratch: memoryview,
         allocate: Allocate,
         max_body_bytes: int,
+        limit_name: str = "limits.message_bytes",
         timeout_s: float,
         now_s: Callable[[], float],
         call_soon: Callable[[Callable[[], None]], None],
@@ -134,7 +137,7 @@ class Http1:
         self._handler = handler
         self._scratch = scratch[:_SCRATCH_BYTES]
         self._allocate = allocate
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._limit_name = max_body_bytes, limit_name
         self._timeout_s = timeout_s
         self._now_s = now_s
         self._call_soon = call_soon
@@ -201,7 +204,7 @@ class Http1:
         size = head.content_length
         try:
             if size > self._max_body_bytes:
-                raise http1_head.too_large(size, self._max_body_bytes)
+                raise http1_head.too_large(size, self._max_body_bytes, self._limit_name)
             http1_head.check_encoding(head.headers)
             tensors_at = http1_head.header_number(head.headers, _HEADER_OF_TENSORS) or 0
             self._body = Body(size, self._allocate, tensors_at)

@@ -149,9 +149,9 @@ def header_number(headers: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-def too_large(size: int, limit: int) -> RemoraError:
+def too_large(size: int, limit: int, name: str) -> RemoraError:
     error = ResourceExhaustedError(
-        f"a body of {size} bytes was announced, {limit} are allowed (limits.message_bytes)",
+        f"a body of {size} bytes was announced, {limit} are allowed ({name})",
         fix="send less at once, or ask the operator to raise it",
     )
     error.http_status = 413

@@ -60,6 +60,7 @@ class Http2:
         scratch: memoryview,
         allocate: Allocate,
         max_body_bytes: int,
+        limit_name: str = "limits.message_bytes",
         max_streams: int,
         timeout_s: float,
         now_s: Callable[[], float],
@@ -67,7 +68,7 @@ class Http2:
         self._link = link
         self._handler = handler
         self._allocate = allocate
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._limit_name = max_body_bytes, limit_name
         self._timeout_s = timeout_s
         self._now_s = now_s
         #: Streams that have no whole answer yet.
@@ -87,7 +88,7 @@ class Http2:
                 SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
                 SettingCodes.MAX_HEADER_LIST_SIZE: _MAX_HEADERS_BYTES,
                 # Memory is bounded by message, not by window: each has its block before its bytes are let in.
-                SettingCodes.INITIAL_WINDOW_SIZE: min(max_body_bytes + _DEFAULT_WINDOW, _MAX_WINDOW),
+                SettingCodes.INITIAL_WINDOW_SIZE: min(self._max_body_bytes + _DEFAULT_WINDOW, _MAX_WINDOW),
             },
         )
         self._h2.initiate_connection()
@@ -224,7 +225,7 @@ class Http2:
             raise UnimplementedError("compressed messages are not accepted", fix="send them uncompressed")
         if size > self._max_body_bytes:
             raise ResourceExhaustedError(
-                f"a message of {size} bytes was sent, {self._max_body_bytes} are allowed (limits.message_bytes)",
+                f"a message of {size} bytes was sent, {self._max_body_bytes} are allowed ({self._limit_name})",
                 fix="send less at once, or ask the operator to raise it",
             )
         return Body(size, self._allocate)

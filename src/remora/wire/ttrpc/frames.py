@@ -106,6 +106,7 @@ class FrameDecoder:
 
     Args:
         max_message_bytes: Largest body; a larger one becomes a frame whose body is a ResourceExhaustedError.
+        limit_name: What says so, for that error.
         scratch: Buffer for frame starts and small frames; may be shared with others between the two calls.
         allocate: Makes blocks for bodies of `ALLOCATE_BYTES` and more that do not arrive in one piece with their
             header; may raise a RemoraError, which then stands in for the body.
@@ -113,6 +114,7 @@ class FrameDecoder:
 
     __slots__ = (
         "max_message_bytes",
+        "limit_name",
         "frames",
         "_scratch",
         "_allocate",
@@ -130,8 +132,10 @@ class FrameDecoder:
         *,
         scratch: Optional[memoryview] = None,
         allocate: Optional[Allocate] = None,
+        limit_name: str = "",
     ) -> None:
         self.max_message_bytes = max_message_bytes
+        self.limit_name = limit_name
         #: Frames begun so far: tells a slow frame from one after another.
         self.frames = 0
         self._scratch = memoryview(bytearray(SCRATCH_BYTES)) if scratch is None else scratch
@@ -232,6 +236,7 @@ class FrameDecoder:
 
     def _too_large(self, size: int) -> RemoraError:
         return MessageTooLargeError(
-            f"a message of {size} bytes was sent, but this end accepts at most {self.max_message_bytes} bytes",
+            f"a message of {size} bytes was sent, but this end accepts at most {self.max_message_bytes} bytes"
+            f"{f' ({self.limit_name})' if self.limit_name else ''}",
             fix="send it in smaller pieces, or raise the limit at the receiver",
         )

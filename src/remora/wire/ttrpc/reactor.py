@@ -41,6 +41,7 @@ class ServerConnection:
     Args:
         handler: Called with each new `Call`; answers now or later. A RemoraError that it raises is the answer.
         max_message_bytes: Largest message body; larger ones are answered with RESOURCE_EXHAUSTED and skipped.
+        limit_name: What says so, for that answer.
         allocate: Makes the blocks of large bodies, see `frames.FrameDecoder`.
         on_close: Called once when the connection is gone; its calls have been cancelled by then.
         on_refused: Called with the error of a request that no handler saw, or that closed the connection.
@@ -83,6 +84,7 @@ class ServerConnection:
         handler: Handler,
         *,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        limit_name: str = "",
         allocate: Optional[Allocate] = None,
         on_close: Optional[Callable[[ServerConnection], None]] = None,
         on_refused: Optional[Callable[[RemoraError], None]] = None,
@@ -97,7 +99,9 @@ class ServerConnection:
         self.closed = False
         self._fd = sock.fileno()
         self._handler = handler
-        self._decoder = FrameDecoder(max_message_bytes, scratch=reactor.scratch[:SCRATCH_BYTES], allocate=allocate)
+        self._decoder = FrameDecoder(
+            max_message_bytes, scratch=reactor.scratch[:SCRATCH_BYTES], allocate=allocate, limit_name=limit_name
+        )
         self._calls = Calls(self)
         self._on_close = [] if on_close is None else [on_close]
         self._on_refused = on_refused
