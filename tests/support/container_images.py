@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +42,27 @@ def busybox_layer() -> bytes:
         _add(tar, "etc/passwd", _PASSWD.encode())
         _add(tar, "etc/group", _GROUP.encode())
     return out.getvalue()
+
+
+def python_layer(scratch: Path) -> bytes:
+    """Return a tar with the guest OS's own Python and its standard library, for an image without anything else."""
+    packages = paths.state_dir() / "guest" / "packages"
+    tree = scratch / "python"
+    for pattern in ("python3.*-minimal", "libpython3.*-minimal", "libpython3.*-stdlib", "libc6", "zlib1g", "libexpat1"):
+        newest = max(packages.glob(f"{pattern}_*.deb"), key=lambda path: path.stat().st_mtime)
+        subprocess.run(["dpkg-deb", "-x", str(newest), str(tree)], check=True)
+    for name in ("lib", "lib64"):
+        top = tree / name
+        if top.is_dir() and not top.is_symlink():
+            subprocess.run(["cp", "-a", f"{top}/.", f"{tree}/usr/{name}/"], check=True)
+            shutil.rmtree(top)
+            top.symlink_to(f"usr/{name}")
+    binary = next((tree / "usr/bin").glob("python3.*"))
+    (tree / "usr/bin/python3").symlink_to(binary.name)
+    done = subprocess.run(
+        ["tar", "-C", str(tree), "--owner=0", "--group=0", "-c", "."], check=True, capture_output=True
+    )
+    return done.stdout
 
 
 def file_layer(files: dict[str, bytes]) -> bytes:
@@ -105,8 +128,6 @@ def _add(
 
 def _from_deb(package: Path, name: str) -> bytes:
     """Return a program of a Debian package: an ar archive with a tar of any compression (deb(5))."""
-    import subprocess
-
     tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(tar)) as files:
         member = next(m for m in files if m.isfile() and m.name.endswith(f"/{name}") and m.size > 100_000)

@@ -1,0 +1,81 @@
+"""The same function as a service: POST a picture, get its labels as JSON. It needs nothing but Python and an address.
+
+    curl --data-binary @dog.jpg http://POD:8080/classify
+    {"labels": [[207, "golden retriever", 0.86], ...], "ms": 14.2}
+
+One session serves all requests; `GET /healthz` is for probes and asks the agent. In a pod of runtime class `remora`
+the accelerator's address is in the environment already.
+"""
+
+import json
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import remora
+
+PORT = 8080
+MAX_BYTES = 32 << 20
+
+
+class Service(BaseHTTPRequestHandler):
+    session: "remora.Session | None" = None
+
+    def do_GET(self) -> None:
+        try:
+            self._open_session().ping()
+        except remora.RemoraError as error:
+            self._answer(503, {"error": str(error)})
+            return
+        self._answer(200, {"ok": True})
+
+    def do_POST(self) -> None:
+        size = int(self.headers.get("Content-Length") or 0)
+        if not 0 < size <= MAX_BYTES:
+            self._answer(413, {"error": f"a picture of 1 to {MAX_BYTES} bytes is wanted"})
+            return
+        picture = self.rfile.read(size)
+        start = time.perf_counter()
+        try:
+            labels = self._open_session().classify(picture, top=5)
+        except remora.RemoraError as error:
+            self._answer(503, {"error": str(error)})
+            return
+        found = [[label.index, label.name, round(label.score, 4)] for label in labels]
+        self._answer(200, {"labels": found, "ms": round((time.perf_counter() - start) * 1000, 3)})
+
+    def _open_session(self) -> "remora.Session":
+        if self.session is None:
+            raise remora.UnavailableError("the agent has not answered yet")
+        return self.session
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are the agent's business: it logs and counts them by pod."""
+
+    def _answer(self, status: int, body: dict[str, object]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def main() -> None:
+    server = ThreadingHTTPServer(("", PORT), Service)
+    # Accepts while the session is opened: a probe sees a slow answer instead of a refused connection.
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    while True:
+        try:
+            Service.session = remora.connect()
+            break
+        except remora.UnavailableError as error:
+            print(f"waiting for the agent: {error}", file=sys.stderr, flush=True)
+            time.sleep(1)
+    print("ready", flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
