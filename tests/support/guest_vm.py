@@ -17,15 +17,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from remora.guest.channel import Channel, Stream
+from remora.errors import UnavailableError
+from remora.guest.channel import Channel
 from remora.guest.kernel import CHANNEL_PORT_NAME, OS_DISK_SERIAL, host_tsc_khz, kernel_arguments
 from remora.guest.pumps import FromDescriptor, ToDescriptor
+from remora.guest.streams import Stream
 from remora.images.guest_os import GuestImage
 from remora.reactor import Reactor
+from remora.sandboxes.guest import connect_when_up
+from remora.vmm.channel import connect, guest_socket
 from remora.wire.guest_v1 import CONTROL_PORT, METHODS, SERVICE, STDIO_PORT
 from remora.wire.ports import PORT
 from remora.wire.protobuf import Message
 from remora.wire.ttrpc.sync import Client
+from vhost_vsock import VhostVsock
 
 #: A cold boot takes 2-3 s on an idle machine; the bound is for a busy one.
 BOOT_TIMEOUT_S = 60.0
@@ -112,8 +117,50 @@ class HostEnd:
         stream.on_reset = cut
 
 
+class HybridHost:
+    """The host's end where the guest has a vsock device: a back end that serves hybrid sockets in a folder."""
+
+    def __init__(self, folder: Path, on_accelerator: Callable[[socket.socket], None] | None = None) -> None:
+        self._folder = folder
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._thread: threading.Thread | None = None
+        if on_accelerator is not None:
+            self._listener.bind(str(guest_socket(folder, PORT)))
+            self._listener.listen()
+            self._thread = threading.Thread(target=self._accept, args=(on_accelerator,))
+            self._thread.start()
+        self._backend = VhostVsock(folder / "vhost", folder)
+
+    def connect(self, port: int) -> socket.socket:
+        try:
+            return connect(self._folder, port, BOOT_TIMEOUT_S)
+        except UnavailableError as error:
+            raise ConnectionRefusedError(f"the guest rejected a stream to port {port}") from error
+
+    def wait_up(self) -> None:
+        """Until PID 1 listens, the guest rejects every stream."""
+        connect_when_up(self._folder, BOOT_TIMEOUT_S, gone=lambda: False).close()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._thread.join()
+        self._listener.close()
+        self._backend.close()
+
+    def _accept(self, on_accelerator: Callable[[socket.socket], None]) -> None:
+        while True:
+            try:
+                on_accelerator(self._listener.accept()[0])
+            except OSError:
+                return
+
+
 class GuestVm:
-    """One microVM under plain QEMU. `with GuestVm(image, layers=[path]) as vm:` boots it and leaves nothing behind."""
+    """One microVM under plain QEMU. `with GuestVm(image, layers=[path]) as vm:` boots it and leaves nothing behind.
+
+    `vsock`: as Firecracker would run it, with a vsock device for the channel and disks without serials.
+    """
 
     def __init__(
         self,
@@ -122,17 +169,23 @@ class GuestVm:
         *,
         memory_mib: int = 192,
         template: bool = False,
+        vsock: bool = False,
         on_accelerator: Callable[[socket.socket], None] | None = None,
         extra: Sequence[str] = (),
     ) -> None:
         self._image = image
+        self._vsock = vsock
         self._layers = layers
         self._memory_mib = memory_mib
+        self.serials = [f"layer-{index}" for index in range(len(layers))]
         self._arguments = kernel_arguments(
-            host_tsc_khz(Path("/proc/cpuinfo").read_text()), template=template, extra=extra
+            host_tsc_khz(Path("/proc/cpuinfo").read_text()),
+            template=template,
+            vsock=vsock,
+            disks=[OS_DISK_SERIAL, *self.serials] if vsock else [],
+            extra=extra,
         )
         self._on_accelerator = on_accelerator
-        self.serials = [f"layer-{index}" for index in range(len(layers))]
         #: Lowest first. The guest's own OS lends its Python to the tests' containers.
         self.layers = [OS_DISK_SERIAL, *self.serials]
 
@@ -145,10 +198,17 @@ class GuestVm:
         self._listener.listen(1)
         self._listener.settimeout(BOOT_TIMEOUT_S)
         self.started_s = time.monotonic()
-        self.process = subprocess.Popen(self._argv(path), stdin=subprocess.DEVNULL)
-        self.host = HostEnd(self._listener.accept()[0], self._on_accelerator)
+        self.host: HostEnd | HybridHost
+        if self._vsock:
+            self.host = HybridHost(self._folder, self._on_accelerator)
+            self.process = subprocess.Popen(self._argv(path), stdin=subprocess.DEVNULL)
+        else:
+            self.process = subprocess.Popen(self._argv(path), stdin=subprocess.DEVNULL)
+            self.host = HostEnd(self._listener.accept()[0], self._on_accelerator)
         self._clients: list[Client] = []
         try:
+            if isinstance(self.host, HybridHost):
+                self.host.wait_up()
             self.client = self.new_client()
         except BaseException as error:
             error.add_note(f"the guest's console:\n{self.console}")
@@ -191,16 +251,23 @@ class GuestVm:
 
     def _argv(self, channel: Path) -> list[str]:
         image = self._image
-        argv = ["qemu-system-x86_64", "-M", "microvm", "-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max"]
+        machine = "microvm,memory-backend=ram" if self._vsock else "microvm"
+        argv = ["qemu-system-x86_64", "-M", machine, "-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max"]
         argv += ["-smp", "1", "-m", str(self._memory_mib), "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
         argv += ["-serial", f"file:{self._console}", "-kernel", str(image.kernel), "-initrd", str(image.initrd)]
-        argv += ["-append", self._arguments, "-device", "virtio-serial-device"]
-        argv += ["-chardev", f"socket,path={channel},id=channel,reconnect=1"]
-        argv += ["-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT_NAME}"]
+        argv += ["-append", self._arguments]
+        if self._vsock:
+            argv += ["-object", f"memory-backend-memfd,id=ram,size={self._memory_mib}M,share=on"]
+            argv += ["-chardev", f"socket,path={self._folder / 'vhost'},id=vsock"]
+            argv += ["-device", "vhost-user-vsock-device,chardev=vsock"]
+        else:
+            argv += ["-device", "virtio-serial-device"]
+            argv += ["-chardev", f"socket,path={channel},id=channel,reconnect=1"]
+            argv += ["-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT_NAME}"]
         disks = [(OS_DISK_SERIAL, image.disk), *zip(self.serials, self._layers, strict=True)]
         for serial, path in disks:
             argv += ["-drive", f"id={serial},file={path},format=raw,if=none,readonly=on"]
-            argv += ["-device", f"virtio-blk-device,drive={serial},serial={serial}"]
+            argv += ["-device", f"virtio-blk-device,drive={serial}" + ("" if self._vsock else f",serial={serial}")]
         return argv
 
     def _stop(self) -> None:

@@ -14,6 +14,7 @@ import select
 import time
 
 from remora.errors import ProtocolError
+from remora.guest.streams import Stream, nothing
 from remora.wire.mux import (
     Accepted,
     Data,
@@ -38,68 +39,6 @@ _PORTS = "/sys/class/virtio-ports"
 _READ_BYTES = 65536
 _WRITE_BYTES = 32768  # virtio_console copies no more per write
 _RETRY_S = 0.1
-
-
-class Stream:
-    """One stream. The callbacks may be set at any time before data can come; data is valid only during `on_data`."""
-
-    __slots__ = (
-        "_channel",
-        "number",
-        "port",
-        "on_data",
-        "on_eof",
-        "on_reset",
-        "on_writable",
-        "on_accepted",
-        "open",
-        "sending",
-        "receiving",
-    )
-
-    def __init__(self, channel: Channel, number: int, port: int) -> None:
-        self._channel = channel
-        self.number = number
-        self.port = port
-        self.open = True
-        self.sending = True
-        self.receiving = True
-        self.on_data: Callable[[memoryview], None] = self._credit_and_drop
-        self.on_eof: Callable[[], None] = _nothing
-        self.on_reset: Callable[[], None] = _nothing
-        self.on_writable: Callable[[], None] = _nothing
-        self.on_accepted: Callable[[], None] = _nothing
-
-    def send(self, data: bytes) -> int:
-        """Return how many bytes were taken; fewer than all: wait for `on_writable`."""
-        if not self.open:
-            return 0
-        return self._channel.send(self, data)
-
-    def close_write(self) -> None:
-        if self.open:
-            self._channel.close_write(self)
-
-    def reset(self) -> None:
-        """End both directions now; `on_reset` is not called."""
-        if self.open:
-            self._channel.reset(self)
-
-    def consumed(self, count: int) -> None:
-        if self.open and count:
-            self._channel.consumed(self, count)
-
-    def ignore_input(self) -> None:
-        """Credit and drop what the peer sends: this stream carries bytes one way."""
-        self.on_data = self._credit_and_drop
-        self.on_eof = _nothing
-
-    def _credit_and_drop(self, data: memoryview) -> None:
-        self.consumed(len(data))
-
-
-def _nothing() -> None:
-    pass
 
 
 def find_port(name: str, timeout_s: float = 5.0) -> str:
@@ -141,7 +80,7 @@ class Channel:
         reactor: Reactor,
         fd: int,
         services: Mapping[int, Callable[[Stream], None]],
-        on_restart: Callable[[], None] = _nothing,
+        on_restart: Callable[[], None] = nothing,
         *,
         initiator: bool = False,
     ) -> None:

@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Dict, List, Optional, Set
 
-    from remora.guest.channel import Channel, Stream
+    from remora.guest.streams import Carrier, Stream
     from remora.reactor import Reactor
 
 #: Sockets in the directory that the container sees as /run/remora, and the channel port that each leads to.
@@ -78,7 +78,7 @@ class Forwarder:
     """Listens in `directory`; `doors` are names of sockets and channel ports."""
 
     def __init__(
-        self, reactor: Reactor, directory: str, channel: Channel, doors: Optional[Dict[str, int]] = None
+        self, reactor: Reactor, directory: str, channel: Carrier, doors: Optional[Dict[str, int]] = None
     ) -> None:
         self._reactor = reactor
         self._channel = channel

@@ -6,14 +6,14 @@ ulimit -n 16384 # three descriptors for each connection to the accelerator
 fail() { echo "remora: $1"; $B reboot -f; }
 $B mount -t devtmpfs dev /dev
 $B mount -t sysfs sys /sys
-# The kernel hands arguments that it does not know to init: remora_net=1.
-$B modprobe -a $($B cat /modules ${remora_net:+/modules.net}) || fail "a kernel module did not load"
+# The kernel hands arguments that it does not know to init: remora_net=1, remora_vsock=1, remora_disks=remora-os,l00.
+$B modprobe -a $($B cat /modules ${remora_net:+/modules.net} ${remora_vsock:+/modules.vsock}) || fail "a kernel module did not load"
 disk= tries=0
 while [ -z "$disk" ]; do
   for block in /sys/block/vd*; do
     serial=
     read -r serial 2>/dev/null <"$block/serial"
-    [ "$serial" = remora-os ] && disk=/dev/${block##*/}
+    [ "$serial" = remora-os ] || [ "$block:${remora_disks%%,*}" = /sys/block/vda:remora-os ] && disk=/dev/${block##*/}
   done
   tries=$((tries + 1))
   [ -n "$disk" ] || { [ $tries -lt 500 ] || fail "no disk with serial remora-os"; $B usleep 10000; }

@@ -20,11 +20,10 @@ MAX_SERIAL_BYTES = 20
 TEMPLATE_ARGUMENT = "remora.template=1"
 #: Kernel argument that has init load the network card's driver. Without a dot: then it is an environment variable.
 NETWORK_ARGUMENT = "remora_net=1"
-
-#: Kernel argument by which the guest opens its channel on vsock and not on a virtio-serial port.
-VSOCK_ARGUMENT = "remora.vsock=1"
-#: Kernel argument with the disks' serials in the order of their devices: for monitors that give a disk no serial.
-DISKS_ARGUMENT = "remora.disks="
+#: Likewise: the channel is on vsock and not on a virtio-serial port.
+VSOCK_ARGUMENT = "remora_vsock=1"
+#: Likewise: the disks' serials in the order of their devices, for monitors that give a disk no serial of ours.
+DISKS_ARGUMENT = "remora_disks="
 
 #: Death of PID 1 ends the VM: panic reboots at once, by triple fault, and the VMM exits instead (QEMU: -no-reboot).
 _ALWAYS = ("panic=-1", "reboot=t", "audit=0", "random.trust_cpu=on", "cryptomgr.notests", "rcupdate.rcu_expedited=1")

@@ -11,7 +11,6 @@ import socket
 import sys
 
 from remora.guest import kernel, rootfs, system
-from remora.guest.channel import Channel, Stream, find_port
 from remora.guest.children import Children
 from remora.guest.containers import Containers
 from remora.guest.control import Control
@@ -29,13 +28,15 @@ from remora.wire.ttrpc.reactor import ServerConnection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Optional
+    from typing import Callable, Mapping, Optional
+
+    from remora.guest.streams import Carrier, Stream
 
 
 class Guest:
-    """All parts of PID 1, put together on one reactor. `port` is the channel's descriptor."""
+    """All parts of PID 1, put together on one reactor. `port`: the channel's descriptor; None: the channel is vsock."""
 
-    def __init__(self, reactor: Reactor, port: int, *, shared: str, template: bool) -> None:
+    def __init__(self, reactor: Reactor, port: Optional[int], *, shared: str, template: bool) -> None:
         self._reactor = reactor
         children = Children(reactor)
         self.containers = Containers(reactor, children, self._started)
@@ -43,11 +44,21 @@ class Guest:
         pod = Pod(reactor, children, self.containers)
         self._attaching = Attaching(self._find_stdio)
         services = {CONTROL_PORT: self._serve, STDIO_PORT: self._attaching.accept, FORWARD_PORT: self._forward}
-        self.channel = Channel(reactor, port, services, self._restarted)
+        self.channel: Carrier = self._open_channel(port, services)
         self.ready = Ready(reactor, f"{shared}/guest.sock", template=template)
         self.forwarder = Forwarder(reactor, shared, self.channel)
         drained = self.channel.when_drained
         self.control = Control(reactor, self.containers, single, pod, self.ready, self.forwarder, drained)
+
+    def _open_channel(self, port: Optional[int], services: Mapping[int, Callable[[Stream], None]]) -> Carrier:
+        # Each guest needs one of the two modules only.
+        if port is None:
+            from remora.guest.vsock import VsockChannel
+
+            return VsockChannel(self._reactor, services, self._restarted)
+        from remora.guest.channel import Channel
+
+        return Channel(self._reactor, port, services, self._restarted)
 
     def _serve(self, stream: Stream) -> None:
         """ttrpc speaks to a socket: give it one, and carry its bytes."""
@@ -89,9 +100,8 @@ def main() -> None:
     os.umask(0o022)
     reactor = Reactor()
     rootfs.prepare()
-    path = find_port(kernel.CHANNEL_PORT_NAME)
-    port = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     flags = system.kernel_flags()
+    port = None if kernel.VSOCK_ARGUMENT in flags else open_port()
     Guest(reactor, port, shared=rootfs.SHARED, template=kernel.TEMPLATE_ARGUMENT in flags)
     finish_boot()
     if "remora.trace=1" in flags:
@@ -100,6 +110,13 @@ def main() -> None:
         reactor.run()
     finally:
         print("remora: PID 1 ends; the VM ends with it", file=sys.stderr, flush=True)
+
+
+def open_port() -> int:
+    """Return the descriptor of the virtio-serial port that carries the channel."""
+    from remora.guest.channel import find_port
+
+    return os.open(find_port(kernel.CHANNEL_PORT_NAME), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def finish_boot() -> None:

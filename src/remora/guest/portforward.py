@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Optional
 
-    from remora.guest.channel import Stream
+    from remora.guest.streams import Stream
     from remora.reactor import Reactor
 
 _MAX_LINE_BYTES = 16

@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Callable, Deque, List, Optional
 
-    from remora.guest.channel import Stream
+    from remora.guest.streams import Stream
     from remora.reactor import Reactor
 
 _READ_BYTES = 65536

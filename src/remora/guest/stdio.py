@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Callable, Dict, List, Optional, Tuple
 
-    from remora.guest.channel import Stream
+    from remora.guest.streams import Stream
     from remora.reactor import Reactor
 
 NAMES = ("stdin", "stdout", "stderr", "tty")

@@ -12,6 +12,8 @@ import signal
 import struct
 import time
 
+from remora.guest import kernel
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Dict, List, Optional, Sequence
@@ -96,8 +98,13 @@ def kernel_flags() -> List[str]:
 
 
 def disks() -> Dict[str, str]:
-    """Return the device node of each virtio disk by its serial."""
+    """Return the device node of each virtio disk by its serial, or by the order that the kernel's arguments name."""
     found: Dict[str, str] = {}
+    for flag in kernel_flags():
+        if flag.startswith(kernel.DISKS_ARGUMENT):
+            # Only the first 26 have one letter; no monitor takes as many.
+            names = flag[len(kernel.DISKS_ARGUMENT) :].split(",")
+            return {name: f"/dev/vd{chr(ord('a') + index)}" for index, name in enumerate(names)}
     for name in sorted(os.listdir("/sys/block")):
         if name.startswith("vd"):
             serial = _read_or_none(f"/sys/block/{name}/serial")

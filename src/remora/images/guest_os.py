@@ -38,6 +38,8 @@ MODULES = (
 )
 #: Loaded only where the microVM has a network card: they cost each boot some milliseconds.
 NETWORK_MODULES = ("virtio_net",)
+#: Loaded only where the monitor has a vsock device for the channel.
+VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 _FSTAB = """\
 proc /new/proc proc nosuid,nodev,noexec 0 0
 sys /new/sys sysfs nosuid,nodev,noexec 0 0
@@ -65,7 +67,7 @@ class GuestImage:
 
 def recipe_digest(packages: list[Package], package_folder: Path) -> str:
     """Return the name of the image that these packages and sources make."""
-    state = hashlib.sha256(f"{RECIPE}\n{MODULES}\n{NETWORK_MODULES}\n{_FSTAB}\n".encode())
+    state = hashlib.sha256(f"{RECIPE}\n{MODULES}\n{NETWORK_MODULES}\n{VSOCK_MODULES}\n{_FSTAB}\n".encode())
     for package in packages:
         state.update(f"{package.name} {package.version} {package.architecture}\n".encode())
     builder = Path(__file__).parent
@@ -132,7 +134,11 @@ def build_guest_image(state_dir: Path, *, force: bool = False, progress: Progres
 def build_initrd(modules: Modules, busybox: Path, init: Path) -> bytes:
     """Return the initrd: busybox, `init` and the modules that lead to the OS disk and the channel."""
     order = modules.load_order(MODULES)
-    network = [name for name in modules.load_order(NETWORK_MODULES) if name not in order]
+    extras = {
+        "modules.net": [name for name in modules.load_order(NETWORK_MODULES) if name not in order],
+        "modules.vsock": [name for name in modules.load_order(VSOCK_MODULES) if name not in order],
+    }
+    everything = (*order, *dict.fromkeys(name for names in extras.values() for name in names))
     archive = Archive()
     library = f"lib/modules/{modules.release}"
     for name in ("bin", "dev", "sys", "proc", "new", "lib", "lib/modules", library):
@@ -143,9 +149,10 @@ def build_initrd(modules: Modules, busybox: Path, init: Path) -> bytes:
     archive.file("init", init.read_bytes(), 0o755)
     archive.file("fstab", _FSTAB.encode())
     archive.file("modules", (" ".join(order) + "\n").encode())
-    archive.file("modules.net", (" ".join(network) + "\n").encode())
-    archive.file(f"{library}/modules.dep", "".join(f"{name}.ko:\n" for name in (*order, *network)).encode())
-    for name in (*order, *network):
+    for file, names in extras.items():
+        archive.file(file, (" ".join(names) + "\n").encode())
+    archive.file(f"{library}/modules.dep", "".join(f"{name}.ko:\n" for name in everything).encode())
+    for name in everything:
         archive.file(f"{library}/{name}.ko", modules.image(name))
     return archive.to_bytes()
 

@@ -24,6 +24,8 @@ _LATE_MODULES = (
     "unicodedata",
     "codecs",
     "remora.guest.portforward",
+    "remora.guest.channel",
+    "remora.guest.vsock",
 )
 _LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/lib")
 _MOUNT_POINTS = ("proc", "sys", "dev", "run", "tmp", "etc", "root", "var")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from remora.wire.ttrpc.sync import Client
 MAIN = "main"
 #: How long a guest that is up may take for a small request; emulated guests on a busy host are slow.
 CALL_TIMEOUT_S = 30.0
+#: How soon a guest that is not up yet is tried again.
+RETRY_S = 0.01
 
 
 def identity(sandbox: str, hostname: str) -> v1.Identity:
@@ -145,12 +148,28 @@ def open_stream(directory: Path, process_id: str, name: str, timeout_s: float = 
     return sock
 
 
-def connect_when_up(directory: Path, timeout_s: float) -> Guest:
+def connect_when_up(directory: Path, timeout_s: float, *, gone: Callable[[], bool] | None = None) -> Guest:
     """Return the control connection of a guest that is booting.
+
+    Args:
+        gone: Given where the monitor serves the channel itself: that rejects streams until the guest listens, so they
+            are tried until `gone` says that there is no machine any more. Else the bridge keeps one until then.
 
     Raises:
         UnavailableError: it was not up within `timeout_s`, or its channel ended.
     """
+    deadline_s = time.monotonic() + timeout_s
+    while gone is not None:
+        try:
+            return _connect_when_up(directory, max(deadline_s - time.monotonic(), RETRY_S))
+        except UnavailableError:
+            if gone() or time.monotonic() > deadline_s:
+                raise
+            time.sleep(RETRY_S)
+    return _connect_when_up(directory, timeout_s)
+
+
+def _connect_when_up(directory: Path, timeout_s: float) -> Guest:
     guest = Guest(directory, timeout_s=timeout_s)
     try:
         guest.ping(timeout_s)

@@ -31,10 +31,10 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return busybox_layer(tmp_path_factory.mktemp("layer"))
 
 
-@pytest.fixture(scope="module")
-def booted(guest_image: GuestImage, layer: Path) -> Iterator[GuestVm]:
-    """A microVM whose container's root is set up; no process runs yet."""
-    with GuestVm(guest_image, [layer]) as vm:
+@pytest.fixture(scope="module", params=["serial", "vsock"])
+def booted(guest_image: GuestImage, layer: Path, request: pytest.FixtureRequest) -> Iterator[GuestVm]:
+    """A microVM whose container's root is set up; no process runs yet. Once with each kind of channel."""
+    with GuestVm(guest_image, [layer], vsock=request.param == "vsock") as vm:
         identity = Identity(sandbox="box-1", hostname="fn-1", time_ns=time.time_ns(), entropy=ENTROPY)
         vm.call("Setup", SetupRequest(identity=identity, layers=vm.layers))
         yield vm

@@ -1,20 +1,24 @@
-"""PID 1's streams on real descriptors and a real mux, without a microVM: both ends run on one reactor."""
+"""PID 1's streams on real descriptors, without a microVM: both ends run on one reactor, over a real mux and over
+sockets as vsock gives them (Unix ones here; tests/e2e/guest has real AF_VSOCK)."""
 
 from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from remora.guest.channel import Channel, Stream
+from remora.guest.channel import Channel
 from remora.guest.forwarder import DOORS, Forwarder
 from remora.guest.pumps import FromDescriptor, ToDescriptor
 from remora.guest.ready import Ready
 from remora.guest.stdio import Attaching, Stdio
+from remora.guest.streams import Stream
+from remora.guest.vsock import VsockChannel
 from remora.reactor import Reactor
 from remora.wire.guest_v1 import STDIO_PORT
 
@@ -22,7 +26,8 @@ from remora.wire.guest_v1 import STDIO_PORT
 class Ends:
     """Guest and host of one channel. `until` runs both."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        """With a folder: over sockets there; without: over the mux."""
         self.errors: list[BaseException] = []
         self.reactor = Reactor(on_error=self.errors.append)
         self.sockets = list(socket.socketpair())
@@ -31,11 +36,45 @@ class Ends:
         self.attaching = Attaching(self.stdio.get)
         self.restarts = 0
         services = {7: self.served.append, STDIO_PORT: self.attaching.accept}
-        self.guest = Channel(self.reactor, self.sockets[0].fileno(), services, self._restarted)
         self.accelerator: list[Stream] = []
         self.agent_got = bytearray()
         self.agent_eof: list[bool] = []
-        self.host = self.new_host(self.sockets[1])
+        doors = dict.fromkeys(DOORS.values(), self._serve_accelerator)
+        self.guest: Channel | VsockChannel
+        self.host: Channel | VsockChannel
+        if folder is None:
+            self.guest = Channel(self.reactor, self.sockets[0].fileno(), services, self._restarted)
+            self.host = self.new_host(self.sockets[1])
+        else:
+            self.guest = self._over_sockets(folder, "guest", "host", services)
+            self.host = self._over_sockets(folder, "host", "guest", doors)
+
+    def _over_sockets(
+        self, folder: Path, here: str, there: str, services: Mapping[int, Callable[[Stream], None]]
+    ) -> VsockChannel:
+        def listening(port: int) -> socket.socket:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sock.bind(str(folder / f"{here}_{port}"))
+            sock.listen()
+            return sock
+
+        def dialling(port: int) -> socket.socket:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                sock.connect(str(folder / f"{there}_{port}"))
+            except OSError:
+                sock.close()
+                raise
+            return sock
+
+        return VsockChannel(
+            self.reactor,
+            services,
+            self._restarted,
+            listening=listening,
+            dialling=dialling,
+            trusted=lambda _address: True,
+        )
 
     def new_host(self, sock: socket.socket) -> Channel:
         return Channel(
@@ -84,6 +123,9 @@ class Ends:
     def close(self) -> None:
         for stdio in self.stdio.values():
             stdio.close()
+        for end in (self.guest, self.host):
+            if isinstance(end, VsockChannel):
+                end.close()
         self.reactor.close()
         for sock in self.sockets:
             sock.close()
@@ -99,8 +141,17 @@ def fill(pipe: int) -> int:
         return written
 
 
+@pytest.fixture(params=["mux", "sockets"])
+def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    with tempfile.TemporaryDirectory() as folder:
+        both = Ends(Path(folder) if request.param == "sockets" else None)
+        yield both
+        both.close()
+        assert both.errors == []
+
+
 @pytest.fixture
-def ends() -> Iterator[Ends]:
+def mux_ends() -> Iterator[Ends]:
     both = Ends()
     yield both
     both.close()
@@ -201,31 +252,31 @@ def test_a_dead_reader_does_not_hold_the_peer_back(ends: Ends) -> None:
     sink.close()
 
 
-def test_a_new_host_resets_all_streams_and_is_told_apart(ends: Ends) -> None:
-    ends.open(7)
+def test_a_new_host_resets_all_streams_and_is_told_apart(mux_ends: Ends) -> None:
+    mux_ends.open(7)
     reset: list[bool] = []
-    ends.served[0].on_reset = lambda: reset.append(True)
-    ends.reactor.unregister(ends.sockets[1].fileno())
-    ends.host = ends.new_host(ends.sockets[1])  # same wire, another process: a new epoch
-    ends.until(lambda: reset)
-    assert ends.restarts
-    ends.settle()
-    ends.open(7)
-    assert len(ends.served) == 2
+    mux_ends.served[0].on_reset = lambda: reset.append(True)
+    mux_ends.reactor.unregister(mux_ends.sockets[1].fileno())
+    mux_ends.host = mux_ends.new_host(mux_ends.sockets[1])  # same wire, another process: a new epoch
+    mux_ends.until(lambda: reset)
+    assert mux_ends.restarts
+    mux_ends.settle()
+    mux_ends.open(7)
+    assert len(mux_ends.served) == 2
 
 
-def test_a_host_that_breaks_the_rules_ends_the_streams_and_not_the_guest(ends: Ends) -> None:
+def test_a_host_that_breaks_the_rules_ends_the_streams_and_not_the_guest(mux_ends: Ends) -> None:
     from remora.wire import mux_frames
 
-    ends.open(7)
+    mux_ends.open(7)
     reset: list[bool] = []
-    ends.served[0].on_reset = lambda: reset.append(True)
-    ends.sockets[1].send(mux_frames.frame(mux_frames.WINDOW, 4001, 1))
-    ends.until(lambda: reset)
-    assert len(ends.errors) == 1
-    ends.errors.clear()
-    ends.settle()
-    ends.open(7)
+    mux_ends.served[0].on_reset = lambda: reset.append(True)
+    mux_ends.sockets[1].send(mux_frames.frame(mux_frames.WINDOW, 4001, 1))
+    mux_ends.until(lambda: reset)
+    assert len(mux_ends.errors) == 1
+    mux_ends.errors.clear()
+    mux_ends.settle()
+    mux_ends.open(7)
 
 
 def test_one_streams_fault_costs_no_other_stream_its_events(ends: Ends) -> None:
