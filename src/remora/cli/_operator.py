@@ -16,7 +16,7 @@ E = TypeVar("E", bound=Message)
 
 
 def add_options(parser: argparse.ArgumentParser, *, tenant: bool = False) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument(
         "--control", type=Path, metavar="PATH", help=f"the agent's control socket (default: {paths.control_socket()})"
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAME = "top"
 #: Below this many columns a tenant's bytes, sessions and connections are left out.
 _NARROW = 110
-HELP = "show what the agent does now: tenants, models, workers and devices"
+HELP = "show what the agent does now: tenants, models, workers and devices (q leaves)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -139,6 +139,20 @@ def test_bytes_that_are_no_protocol_are_a_line_too(traced: AgentProcess) -> None
     wait_until(lambda: '"operation": "message", "model": "", "session": "", "code": "INVALID' in traced.log, "the line")
 
 
+def test_a_flood_of_refusals_is_counted_whole_and_written_in_part(traced: AgentProcess) -> None:
+    with Guest(traced.connect(traced.attach("flood"))) as guest:
+        for _ in range(1000):
+            with pytest.raises(NotFoundError):
+                guest.infer("flooded")
+    lines = [line for line in traced.log.splitlines() if "sandbox:flood" in line and "request refused" in line]
+    assert 50 <= len(lines) < 200
+    metrics = page(traced, "/metrics").decode()
+    assert 'remora_refusals_total{tenant="sandbox:flood",rule="NOT_FOUND"} 1000' in metrics
+    suppressed = float(metrics.split("\nremora_log_lines_suppressed_total ")[1].split("\n")[0])
+    assert suppressed >= 1000 - len(lines)
+    traced.detach("flood")
+
+
 def test_neither_tokens_nor_payloads_are_in_the_log(traced: AgentProcess) -> None:
     marker = b"TOPSECRETPAYLOAD"
     with Guest(traced.connect()) as guest:
