@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from remora.wire import remora_v1
+from remora.wire.protobuf import Message
 from remora.wire.ttrpc.frames import HEADER
 from remora.wire.ttrpc.messages import Request, Response
 
@@ -134,13 +135,13 @@ class LoadClient:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def _send(self, sock: socket.socket, method: str, message: remora_v1.Message) -> int:
+    def _send(self, sock: socket.socket, method: str, message: Message) -> int:
         self._stream += 2
         body = b"".join(Request(service=remora_v1.SERVICE, method=method, payload=b"".join(message.encode())).encode())
         sock.sendall(HEADER.pack(len(body), self._stream, _REQUEST, 0) + body)
         return self._stream
 
-    def _ask(self, sock: socket.socket, method: str, message: remora_v1.Message) -> bytes:
+    def _ask(self, sock: socket.socket, method: str, message: Message) -> bytes:
         stream = self._send(sock, method, message)
         found, response = self._receive(sock)
         if found != stream or (response.status is not None and response.status.code):

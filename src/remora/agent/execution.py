@@ -22,7 +22,7 @@ from remora.agent.sessions import Session, Sessions
 from remora.agent.tickets import Ticket
 from remora.agent.timings import Timings
 from remora.agent.tuning import form_of
-from remora.errors import CancelledError, RemoraError
+from remora.errors import CancelledError, DataLossError, NotFoundError, RemoraError
 from remora.workers.contract import Job, JobHandle, ModelSpec, Result, Workers
 
 
@@ -264,6 +264,9 @@ class Execution:
                     device=run.device,
                     sent_bytes=answer.size_bytes - OVERHEAD_BYTES,
                 )
+            elif isinstance(outcome, NotFoundError | DataLossError):
+                # Its worker has died, and the next one may have had to give the model up: the next job loads it anew.
+                self._models.lost(run.domain, run.operation.model, outcome, partial(self._finish, run, outcome))
             else:
                 self._finish(run, outcome)
         finally:  # whatever became of the answer, the slot is free

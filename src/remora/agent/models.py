@@ -21,7 +21,14 @@ from remora.agent.sessions import Session, Sessions
 from remora.agent.store import Store
 from remora.agent.tickets import Plan
 from remora.agent.tuning import Tuning
-from remora.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, RemoraError, UnimplementedError
+from remora.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    RemoraError,
+    UnimplementedError,
+)
 from remora.workers.contract import SHARED, ModelSource, ModelSpec, Workers
 
 FORMATS = ("onnx",)
@@ -152,6 +159,19 @@ class Models:
         """Return how a request for a loaded model is run, which is thereby used."""
         self.residency.used((domain, operation.model))
         return self.tuning.plan((domain, operation.model), operation)
+
+    def lost(self, domain: str, model: str, reason: RemoraError, done: Callable[[], None]) -> None:
+        """A job has found that its worker may not have the model any more: the next one asks for it again.
+
+        Damaged bytes are forgotten before the caller hears of it, so that what it sends then is not taken for stored.
+        """
+        if self._loaded.pop((domain, model), None) is not None:
+            self.tuning.forget((domain, model))
+            self.residency.forget([(domain, model)])
+        if isinstance(reason, DataLossError) and domain != SHARED:
+            self._store.open(domain, model, lambda _outcome: done())
+        else:
+            done()
 
     def loaded(self, domain: str, model: str) -> bool:
         """True if the model takes requests now."""

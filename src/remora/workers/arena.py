@@ -101,6 +101,11 @@ class SharedMemory:
             self.fd = -1
 
 
+def aligned(size_bytes: int) -> int:
+    """Return the room that a worker needs for an output, which it places at a multiple of `ALIGN`."""
+    return (size_bytes + ALIGN - 1) // ALIGN * ALIGN
+
+
 class ArenaBlock:
     """Part of an arena; give it back once."""
 

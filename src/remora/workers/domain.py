@@ -22,9 +22,9 @@ from remora.errors import (
     UnavailableError,
 )
 from remora.reactor import Reactor, Timer
-from remora.workers.arena import SharedMemory
+from remora.workers.arena import SharedMemory, aligned
 from remora.workers.contract import ModelSource, Result
-from remora.workers.jobs import MODELLESS, PendingJob, aligned
+from remora.workers.jobs import MODELLESS, PendingJob
 from remora.workers.process import WorkerProcess
 from remora.workers.protocol import Message, error_of, pack, whole
 from remora.workers.residents import LoadDone, Residents

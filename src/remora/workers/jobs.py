@@ -13,7 +13,7 @@ from math import prod
 from remora.errors import AbortedError, InvalidArgumentError, RemoraError
 from remora.reactor import Timer
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.arena import ALIGN, Arena, ArenaBlock, Region, RegionBlock, SharedMemory
+from remora.workers.arena import Arena, ArenaBlock, Region, RegionBlock, SharedMemory, aligned
 from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView
 from remora.workers.packed import pack_job, places_of
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, labels_of, outputs_of
@@ -226,8 +226,3 @@ def declared_bytes(outputs: Sequence[TensorSpec]) -> int:
             return 0
         total += aligned(prod(output.shape) * DTYPES[output.dtype])
     return total
-
-
-def aligned(size_bytes: int) -> int:
-    """Return the room that a worker needs for an output, which it places at a multiple of `ALIGN`."""
-    return (size_bytes + ALIGN - 1) // ALIGN * ALIGN

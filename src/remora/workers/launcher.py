@@ -33,6 +33,7 @@ _IMPORTS = ("remora", "numpy", "onnx", "onnxruntime", "PIL", "simplejpeg")
 #: ONNX Runtime reads these to know the processor; they hold no secret.
 _PROCESSOR = ("/proc/cpuinfo", "/sys/devices/system/cpu")
 BOOT = "import sys; sys.path[:0] = sys.argv[1].split(':'); from remora.workers.main import main; main(sys.argv[2:])"
+BOOT_LIBRARY = BOOT.replace("workers.main", "workers.library_main")
 _FIX_BWRAP = "apt-get install bubblewrap, or set worker confinement to 'none' if you accept unconfined workers"
 _FIX_USERNS = (
     "allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
@@ -100,7 +101,8 @@ def worker_argv(
 
     bubblewrap copies them into the worker's own memory: there is no path by which it could reach the store.
     """
-    python = [found.python, "-I", "-S", "-B", "-c", BOOT, ":".join(found.packages), *arguments]
+    boot = BOOT_LIBRARY if libraries else BOOT
+    python = [found.python, "-I", "-S", "-B", "-c", boot, ":".join(found.packages), *arguments]
     if settings.confinement == "none":
         return python
     argv = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns"]
@@ -173,7 +175,7 @@ def sweep() -> int:
             continue
         try:
             command = Path("/proc", entry, "cmdline").read_bytes()
-            if not command.startswith(b"bwrap\0") or b"remora.workers.main" not in command:
+            if not command.startswith(b"bwrap\0") or b"from remora.workers." not in command:
                 continue
             status = dict(line.split(":", 1) for line in Path("/proc", entry, "status").read_text().splitlines())
             parent = Path("/proc", status["PPid"].strip(), "comm").read_text().strip()

@@ -11,7 +11,7 @@ from math import prod
 
 from remora.backends.contract import Array, Spec
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.arena import ALIGN
+from remora.workers.arena import aligned
 from remora.workers.protocol import encode_value
 
 
@@ -26,7 +26,7 @@ class Layout:
         offsets, total = [], 0
         for size in self.sizes:
             offsets.append(total)
-            total += (size + ALIGN - 1) // ALIGN * ALIGN
+            total += aligned(size)
         self.offsets = tuple(offsets)
         self.total = total
         #: As answers show it (`packed`).

@@ -11,18 +11,13 @@ import hashlib
 import math
 import mmap
 import os
-import resource
-import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import NoReturn
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
@@ -30,7 +25,6 @@ import numpy as np
 
 from remora.backends import linalg
 from remora.backends.contract import Array, Limits, LoadedModel, Spec, Stop
-from remora.backends.library import Library, Value
 from remora.backends.onnx import OnnxBackend
 from remora.backends.vision import Classifier
 from remora.errors import (
@@ -43,14 +37,12 @@ from remora.errors import (
 )
 from remora.workers import seccomp
 from remora.workers.calibration import calibrate
-from remora.workers.contract import LIBRARY
+from remora.workers.inside import bound_memory, confine_self
 from remora.workers.joining import JoinedRun, Member
 from remora.workers.layout import Layout
 from remora.workers.packed import JOB, pack_answer, unpack_job
-from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts, library_path, pack, unpack
+from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts, pack, unpack
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
 _BACKENDS = {"onnx": OnnxBackend}
 #: Outputs at least this large are computed straight into the arena; below, binding costs more than the copy.
 _BIND_BYTES = 64 * 1024
@@ -70,7 +62,6 @@ class Worker:
         self._control_lock = threading.Lock()
         self._arenas: dict[int, mmap.mmap] = {}
         self._models: dict[int, tuple[LoadedModel, Classifier | None]] = {}
-        self._library: Library | None = None
         self._lock = threading.Lock()
         self._running: dict[int, Stop] = {}
         self._stopped_early: dict[int, None] = {}
@@ -103,8 +94,6 @@ class Worker:
             self._tell({"t": "arena", "id": message["id"]})
         elif kind == "drop":
             self._arenas.pop(message["id"], None)
-        elif kind == "load" and message["format"] == LIBRARY:
-            self._load_library(message)
         elif kind == "load":
             threading.Thread(target=self._load, args=(message, fd), daemon=True).start()
         elif kind == "unload":
@@ -116,8 +105,7 @@ class Worker:
             self._assign(message)
 
     def _assign(self, message: Message) -> None:
-        if message["memory"]:
-            resource.setrlimit(resource.RLIMIT_AS, (message["memory"], message["memory"]))
+        bound_memory(message["memory"])
         self._device = message["device"]
         self._threads = message["threads"]
         for number in range(message["threads"]):
@@ -169,18 +157,6 @@ class Worker:
             self._tell({"t": "measured", "m": number, "error": error_parts(error)})
         except Exception as error:  # noqa: BLE001 - a model that fails on samples may be right about them
             self._tell({"t": "measured", "m": number, "error": error_parts(_unexpected(error))})
-
-    def _load_library(self, message: Message) -> None:
-        """Load the one library that this process is for; from then on no file is opened."""
-        number, digests = message["m"], message["digests"]
-        try:
-            self._library = Library([Path(library_path(index)) for index in range(len(digests))], digests)
-            if not seccomp.install("library"):
-                raise InternalError("there is no system call filter for this machine")
-        except RemoraError as error:
-            self._tell({"t": "refused", "m": number, "error": error_parts(error)})
-            return
-        self._tell({"t": "loaded", "m": number, "inputs": [], "outputs": [], "device": "cpu", "mem": 0})
 
     def _tell(self, message: Message) -> None:
         with self._control_lock:
@@ -285,8 +261,6 @@ class Worker:
             return {"t": "done", "id": job["id"]}
         if job["t"] == "compute":
             return {"t": "done", "id": job["id"], "out": self._calculate(job, stop)}
-        if job["t"] == "exec":
-            return {"t": "done", "id": job["id"], "out": self._exec(job)}
         model = self._model(job)
         classifier = self._models[job["m"]][1]
         memory = self._arenas[job["a"]]
@@ -328,24 +302,6 @@ class Worker:
         ]
         linalg.compute(job["f"], self._feeds(job), job["n"], into, stop)
         return layout.places(job["off"])
-
-    def _exec(self, job: Message) -> list[list[object]]:
-        if self._library is None:
-            raise InternalError("no library is loaded in this worker")
-        memory = memoryview(self._arenas[job["a"]])
-        values = []
-        for name, _dtype, _shape, offset, size in job["in"]:
-            kind, _, custom = name.partition(":")
-            values.append(Value(memory[offset : offset + size], int(kind), int(custom)))
-        layout = Layout([Spec(name, dtype, tuple(shape)) for name, dtype, shape in job["out"]])
-        first = len(values) - len(layout.specs)
-        results = self._library.call(job["f"], values[:first], values[first:])
-        places: list[list[object]] = []
-        for spec, offset, result in zip(layout.specs, layout.offsets, results, strict=True):
-            start = job["off"] + offset
-            memory[start : start + len(result)] = result
-            places.append([spec.name, spec.dtype, [len(result)], start, len(result)])
-        return places
 
     def _infer(self, job: Message, model: LoadedModel, stop: Stop) -> tuple[int, Layout]:
         feeds = self._feeds(job)
@@ -423,41 +379,14 @@ def _unexpected(error: Exception) -> InternalError:
     return InternalError(f"the worker failed: {type(error).__name__}: {error}")
 
 
-def _end(args: threading.ExceptHookArgs) -> NoReturn:
-    """End the process with a thread: one thread less, unnoticed, would be worse than a restart."""
-    sys.excepthook(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
-    sys.stderr.flush()
-    os._exit(70)
-
-
-def _confine_self(open_files: int, processes: int) -> None:
-    """Set what every worker gets, whether bubblewrap is around it or not."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_NO_NEW_PRIVS, 1)):
-        if libc.prctl(option, value, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
-    if processes:
-        resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
-    if os.getcwd() != "/empty":  # not in bubblewrap: a directory that is gone is empty, and stays so
-        os.chdir(tempfile.mkdtemp(prefix="remora-worker-"))
-        os.rmdir(os.getcwd())
-
-
 def main(argv: Sequence[str]) -> None:
-    """Serve: job socket, control socket, open files, processes, model bytes, pixels, filter, all as numbers.
-
-    The filter is 0 for none, 1 for models, 2 for a library.
-    """
+    """Serve: job socket, control socket, open files, processes, model bytes, pixels, filter, all as numbers."""
     job_fd, control_fd, open_files, processes, model_bytes, pixels, filtered = (int(part) for part in argv)
-    _confine_self(open_files, processes)
+    confine_self(open_files, processes)
     if filtered:
-        seccomp.install("models" if filtered == 1 else "loading")
-    threading.excepthook = _end
+        seccomp.install("models")
     limits = Limits(model_bytes=model_bytes, pixels=pixels)
     worker = Worker(socket.socket(fileno=job_fd), socket.socket(fileno=control_fd), limits)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the agent's to handle
     try:
         worker.serve()
     except (BrokenPipeError, ConnectionResetError):

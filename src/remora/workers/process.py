@@ -78,8 +78,7 @@ class WorkerProcess:
                 theirs.callback(os.close, info_fd)
             # RLIMIT_NPROC counts per user namespace; without one it would count all of the operator's processes.
             processes = settings.processes if settings.confinement == "bubblewrap" else 0
-            # A library's worker opens no device, and goes without its filter in no case.
-            filtered = 2 if libraries else int(settings.seccomp and not launcher.gpu_devices(settings))
+            filtered = settings.seccomp and not launcher.gpu_devices(settings)
             numbers = (jobs_fd, control_fd, settings.open_files, processes, settings.model_bytes, settings.image_pixels)
             arguments = [str(int(number)) for number in (*numbers, filtered)]
             try:
@@ -166,9 +165,8 @@ class WorkerProcess:
                 data = sock.recv(MAX_MESSAGE_BYTES)
             except BlockingIOError:
                 return
-            except OSError as error:
-                self.kill(f"its socket failed: {error.strerror}")
-                return
+            except OSError:
+                data = b""  # reset: it died with messages unread
             if not data:
                 self._reactor.unregister(sock.fileno())
                 self._leave()

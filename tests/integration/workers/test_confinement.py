@@ -24,13 +24,13 @@ PROBE = """
 import sys
 sys.path[:0] = sys.argv[1].split(':')
 import ctypes, json, os, socket, resource, threading
-from remora.workers import main, seccomp
+from remora.workers import inside, main, seccomp
 jobs = socket.socket(fileno=int(sys.argv[2]))
 seen = {'root': sorted(os.listdir('/')), 'environment': sorted(os.environ), 'pid': os.getpid(), 'cwd': os.getcwd()}
 seen['cwd_entries'] = os.listdir('.')
 seen['processes'] = os.path.exists('/proc/1')
 with open('/proc/cpuinfo') as file: pass
-main._confine_self(int(sys.argv[4]), int(sys.argv[5]))
+inside.confine_self(int(sys.argv[4]), int(sys.argv[5]))
 def attempt(name, call):
     try:
         seen[name] = repr(call())
