@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 
 from container_images import busybox_layer, file_layer, write_archive
-from cri_client import Cri
+from cri_client import Cri, CriError
+from cri_v1 import Empty
 from remora.sandboxes.leftovers import find_leftovers
 from remora.shim import launcher
 
@@ -155,7 +156,11 @@ class Containerd:
                 probe.connect(str(self.base / "c.sock"))
             except OSError:
                 return False
-        return subprocess.run(self.argv("version"), capture_output=True, timeout=READY_S, check=False).returncode == 0
+        try:
+            self.cri.call("ListPodSandbox", Empty(), Empty, READY_S)
+        except CriError:
+            return False  # it still looks for the pods of its last life
+        return True
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
         """End containerd alone; shims and microVMs go on."""

@@ -1,0 +1,135 @@
+"""Whatever dies, whoever asks next gets a clear answer, and in the end nothing of the pod is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cri_v1 as cri
+from containerd_process import Containerd
+from cri_client import CriError, Pod
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+
+def record(containerd: Containerd, pod: Pod) -> dict[str, object]:
+    for state in containerd.runtime.glob("s/*/state.json"):
+        fields: dict[str, object] = json.loads(state.read_text())
+        if fields["container"] == pod.id:
+            return fields
+    raise AssertionError("the pod has no record")
+
+
+def leftovers(containerd: Containerd, pod: Pod) -> list[str]:
+    """Return what is left of a pod anywhere on the host."""
+    found = [f"file {path}" for path in containerd.runtime.glob("s/*") if _mentions(path, pod.id)]
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            text = process.read_bytes()
+            if pod.id.encode() in text:
+                found.append(f"process {process.parent.name}: {text[:80]!r}")
+    found += [
+        f"mount {line.split()[1]}" for line in Path("/proc/self/mounts").read_text().splitlines() if pod.id in line
+    ]
+    found += [f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"**/{pod.id}")]
+    found += [f"bundle {path}" for path in containerd.base.glob(f"state/io.containerd.runtime.v2.task/*/{pod.id}")]
+    return found
+
+
+def _mentions(directory: Path, pod: str) -> bool:
+    try:
+        return pod in (directory / "state.json").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)
+
+
+def test_a_removed_pod_leaves_nothing_and_its_processes_were_in_its_cgroup(containerd: Containerd) -> None:
+    parent = f"/remora-test-{os.getpid()}"
+    pod = containerd.cri.run_pod("tidy", cgroup_parent=parent)
+    fields = record(containerd, pod)
+    pod.start("sleep", "1000000")
+    for key in ("monitor_pid", "machine_pid"):
+        assert f"{parent}/{pod.id}" in Path(f"/proc/{fields[key]}/cgroup").read_text()
+    stats = pod.stats
+    assert stats.memory is not None
+    assert stats.memory.working_set_bytes is not None
+    assert stats.memory.working_set_bytes.value > 50 << 20, "the microVM's memory is the pod's"
+    netns = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    pod.remove()
+    assert leftovers(containerd, pod) == []
+    assert not list(containerd.runtime.glob("shim/*"))
+    after = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    assert len(after.splitlines()) < len(netns.splitlines())
+    for folder in Path("/sys/fs/cgroup").glob(f"**{parent}"):
+        folder.rmdir()
+
+
+def test_a_killed_microvm_is_the_end_of_its_containers_and_of_the_pod(containerd: Containerd) -> None:
+    pod = containerd.cri.run_pod("fallen")
+    container = pod.start("sleep", "1000000")
+    os.kill(int(str(record(containerd, pod)["machine_pid"])), signal.SIGKILL)
+    assert container.wait().exit_code == 137
+    wait_until(lambda: pod.status.state != cri.READY, "the pod is not ready any more")
+    with pytest.raises(CriError):
+        pod.start("true")
+    pod.remove()
+    assert leftovers(containerd, pod) == []
+
+
+def test_a_killed_shim_takes_its_microvm_along_and_is_cleared_up_after(containerd: Containerd) -> None:
+    pod = containerd.cri.run_pod("headless")
+    container = pod.start("sleep", "1000000")
+    fields = record(containerd, pod)
+    os.kill(int(str(fields["monitor_pid"])), signal.SIGKILL)
+    assert container.wait().state == cri.EXITED
+    wait_until(lambda: not Path(f"/proc/{fields['machine_pid']}/exe").exists(), "the microVM has ended")
+    pod.remove()
+    assert leftovers(containerd, pod) == []
+    assert not list(containerd.runtime.glob("shim/*"))
+
+
+def test_pods_outlive_a_killed_containerd_and_are_known_to_the_next(containerd: Containerd) -> None:
+    pod = containerd.cri.run_pod("survivor")
+    container = pod.start("sh", "-c", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done")
+    ended = pod.start("sh", "-c", "sleep 2; exit 9")
+    containerd.kill()
+    time.sleep(3)  # the second container ends while nobody listens
+    containerd.start()
+    pod.cri = container.cri = ended.cri = containerd.cri
+    assert ended.wait().exit_code == 9
+    assert container.status.state == cri.RUNNING
+    assert container.sh("echo alive") == "alive\n"
+    seen = container.output()
+    wait_until(lambda: container.output() != seen, "the log goes on")
+    numbers = [int(line) for line in container.output().split()]
+    assert numbers == sorted(numbers)
+    container.stop(0)
+    pod.remove()
+    assert leftovers(containerd, pod) == []
+
+
+def test_a_pod_whose_shim_and_containerd_were_killed_together_is_cleared_up(containerd: Containerd) -> None:
+    pod = containerd.cri.run_pod("both")
+    pod.start("sleep", "1000000")
+    fields = record(containerd, pod)
+    containerd.kill()
+    os.kill(int(str(fields["monitor_pid"])), signal.SIGKILL)
+    containerd.start()
+    pod.cri = containerd.cri
+    pod.remove()
+    wait_until(lambda: leftovers(containerd, pod) == [], f"nothing is left: {leftovers(containerd, pod)}")
