@@ -140,11 +140,12 @@ def _parse(path: Path, data: bytes) -> PodNames:
 def of_pod(pod: Pod, names: PodNames | None) -> Identity:
     """Return the identity of every process in a pod. One without a tenant is a tenant of its own, as a sandbox is.
 
-    Rules by label may also match `namespace` and `pod`, which the pod's own labels cannot set.
+    Rules by label may also match `uid`, `namespace` and `pod`, as for pods in microVMs; no label of the pod's own can
+    set them.
     """
     key = f"pod:{pod.uid}"
     if names is None:
-        return Identity(key, key)
-    labels = {**names.labels, "namespace": names.namespace, "pod": names.name}
+        return Identity(key, key, labels={"uid": pod.uid})
+    labels = {**names.labels, "namespace": names.namespace, "pod": names.name, "uid": pod.uid}
     tenant = f"tenant:{names.tenant}" if names.tenant else key
     return Identity(key, tenant, f"{names.namespace}/{names.name}".strip("/"), labels)

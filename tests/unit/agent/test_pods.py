@@ -67,7 +67,7 @@ def test_a_pod_is_a_tenant_of_its_own_unless_its_file_names_one() -> None:
     assert of_pod(Pod(UID), None).tenant == of_pod(Pod(UID), None).key == f"pod:{UID}"
     named = of_pod(Pod(UID), PodNames("prod", "web-1", "acme", {"tier": "gold", "namespace": "forged"}))
     assert (named.key, named.tenant, named.sandbox) == (f"pod:{UID}", "tenant:acme", "prod/web-1")
-    assert named.labels == {"tier": "gold", "namespace": "prod", "pod": "web-1"}
+    assert named.labels == {"tier": "gold", "namespace": "prod", "pod": "web-1", "uid": UID}
 
 
 def test_names_are_read_again_when_the_file_changes(tmp_path: Path) -> None:
