@@ -3,6 +3,9 @@
 It takes only requests that the API description of its version allows, keeps the monitors' order of states, and serves
 hybrid vsock by their rules. There is no guest: port 7 echoes, port 9 takes a line `PORT TEXT`, sends TEXT to that port
 of the host and returns what the host answers, port 11 tells what the "guest's memory" holds, other ports are closed.
+With FAKE_VMM_GUEST=real there is one: QEMU emulates the machine that was asked for, with a vsock device (which excludes
+snapshots), so that all but the monitor's own process is the real thing.
+
 Started as `fake_vmm.py KIND VERSION ARGUMENT...`, which `install` wraps into a program of the monitor's name.
 """
 
@@ -15,15 +18,21 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import socketserver
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from remora.guest.kernel import host_tsc_khz
 from remora.vmm.firecracker_api import Version
+from remora.vmm.process import set_death_signal
+from vhost_vsock import VhostVsock
 from vmm_api import ApiDescription, Refused, cloud_hypervisor, firecracker
 
 
@@ -115,6 +124,45 @@ class FakeVsock:
         stream.sendall(self._memory().encode())
 
 
+class RealGuest:
+    """The machine that the monitor was told to be, emulated by QEMU and joined to hybrid sockets at `channel`."""
+
+    def __init__(self, kernel: str, initrd: str, arguments: str, memory_mib: int, cpus: int, disks: list[str]) -> None:
+        self._argv = ["qemu-system-x86_64", "-M", "microvm,memory-backend=ram,x-option-roms=off", "-cpu", "max"]
+        self._argv += ["-accel", "tcg,thread=multi,tb-size=64", "-smp", str(cpus), "-m", str(memory_mib)]
+        self._argv += ["-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on"]
+        self._argv += ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"]
+        khz = host_tsc_khz(Path("/proc/cpuinfo").read_text())
+        timing = f"tsc_early_khz={khz} tsc=reliable no_timer_check nokaslr mitigations=off"
+        self._argv += ["-kernel", kernel, "-initrd", initrd, "-append", f"{arguments} {timing} reboot=t"]
+        for number, disk in enumerate(disks):
+            self._argv += ["-drive", f"id=d{number},file={disk},format=raw,if=none,readonly=on"]
+            self._argv += ["-device", f"virtio-blk-device,drive=d{number}"]
+
+    def start(self, channel: Path) -> None:
+        # Not in the machine's own directory: its path may be as long as a socket's may be.
+        folder = Path(tempfile.mkdtemp(prefix="fakevmm"))
+        self._backend = VhostVsock(folder / "vhost", channel.absolute().parent, name=channel.name)
+        argv = [
+            *self._argv,
+            "-chardev",
+            f"socket,path={folder}/vhost,id=v",
+            "-device",
+            "vhost-user-vsock-device,chardev=v",
+        ]
+        parent = os.getpid()
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, preexec_fn=lambda: set_death_signal(signal.SIGKILL, parent)
+        )
+        threading.Thread(target=self._end_with, args=(process, folder), daemon=True).start()
+
+    @staticmethod
+    def _end_with(process: subprocess.Popen[bytes], folder: Path) -> None:
+        status = process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(status)
+
+
 class FakeVmm:
     """One process of a monitor. `root` is what it sees as `/`; relative paths are taken from its directory."""
 
@@ -151,10 +199,16 @@ class FakeVmm:
         raise NotImplementedError
 
     def boot(self, vsock_path: str) -> None:
+        if os.environ.get("FAKE_VMM_GUEST") == "real":
+            self.guest().start(self.path(vsock_path))
+            return
         self.memory = f"{os.getpid()}"
         self.vsock = FakeVsock(self.path(vsock_path), lambda: self.memory)
         print("fake guest: up", flush=True)
         self.vsock.announce()
+
+    def guest(self) -> RealGuest:
+        raise NotImplementedError
 
     def need_file(self, name: str) -> None:
         if not self.path(name).is_file():
@@ -215,6 +269,17 @@ class FakeFirecracker(FakeVmm):
                 self.config[section] = body
                 return 204, None
         raise FakeError(400, f"the fake does not know {method} {path}")
+
+    def guest(self) -> RealGuest:
+        boot, machine = self.config["boot-source"], self.config["machine-config"]
+        return RealGuest(
+            str(self.path(boot["kernel_image_path"])),
+            str(self.path(boot["initrd_path"])),
+            boot["boot_args"],
+            machine["mem_size_mib"],
+            machine["vcpu_count"],
+            [str(self.path(drive["path_on_host"])) for drive in self.config["drives"].values()],
+        )
 
     def _need(self, *states: str) -> None:
         if self.state not in states:
@@ -305,6 +370,17 @@ class FakeCloudHypervisor(FakeVmm):
             case _:
                 raise FakeError(500, f"the fake does not know {name}")
         return 204, None
+
+    def guest(self) -> RealGuest:
+        payload = self.config["payload"]
+        return RealGuest(
+            payload["kernel"],
+            payload["initramfs"],
+            payload["cmdline"],
+            self.config["memory"]["size"] >> 20,
+            self.config["cpus"]["boot_vcpus"],
+            [disk["path"] for disk in self.config["disks"]],
+        )
 
     def _boot_files(self) -> None:
         for file in (self.config["payload"]["kernel"], self.config["payload"]["initramfs"]):

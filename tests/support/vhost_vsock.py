@@ -75,13 +75,13 @@ class _Stream:
 
 
 class VhostVsock:
-    """Serves one QEMU that connects to `socket_path`; the guest's channel is in `directory`.
+    """Serves one QEMU that connects to `socket_path`; the guest's channel is `name` in `directory`.
 
     QEMU needs shared memory and `-chardev socket,id=v,path=PATH -device vhost-user-vsock-device,chardev=v`.
     """
 
-    def __init__(self, socket_path: Path, directory: Path, *, cid: int = 3) -> None:
-        self._directory = directory
+    def __init__(self, socket_path: Path, directory: Path, *, name: str = "channel.sock", cid: int = 3) -> None:
+        self._channel = directory / name
         self._cid = cid
         self._selector = selectors.DefaultSelector()
         self._regions: list[_Region] = []
@@ -91,7 +91,7 @@ class VhostVsock:
         self._next_port = 1 << 30
         self._outgoing: deque[bytes] = deque()
         self._listener = self._listen(socket_path, self._qemu_connected)
-        self._hybrid = self._listen(directory / "channel.sock", self._accept)
+        self._hybrid = self._listen(self._channel, self._accept)
         self._stop_r, self._stop_w = socket.socketpair()
         self._selector.register(self._stop_r, selectors.EVENT_READ, None)
         self._thread = threading.Thread(target=self._run, name="vhost-user vsock")
@@ -338,7 +338,7 @@ class VhostVsock:
     def _guest_connects(self, guest_port: int, host_port: int) -> _Stream | None:
         sock = socket.socket(socket.AF_UNIX)
         try:
-            sock.connect(str(self._directory / f"channel.sock_{host_port}"))
+            sock.connect(f"{self._channel}_{host_port}")
         except OSError:
             self._send(_Stream(sock, guest_port, host_port), _RST)
             sock.close()

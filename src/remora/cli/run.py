@@ -49,6 +49,12 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--read-only", action="store_true", help="read-only root file system")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="virtual CPUs (default 1)")
     parser.add_argument("-m", "--memory", default="256M", metavar="SIZE", help="memory of the guest (default 256M)")
+    parser.add_argument(
+        "--vmm",
+        default=os.environ.get("REMORA_VMM", "qemu"),
+        metavar="NAME",
+        help="monitor: qemu, firecracker, cloud-hypervisor (default: $REMORA_VMM, else qemu; the last two need KVM)",
+    )
     parser.add_argument("--boot-timeout", default="60s", metavar="TIME", help=argparse.SUPPRESS)
     parser.add_argument("--no-accel", action="store_true", help="no way to the node agent")
 
@@ -75,6 +81,7 @@ def options_of(args: argparse.Namespace) -> dict[str, object]:
         "readonly_root": args.read_only,
         "cpus": args.cpus,
         "memory_mib": parse_size_mib(args.memory),
+        "vmm": args.vmm,
         "boot_timeout_s": parse_duration_s(args.boot_timeout),
         "accelerator": not args.no_accel,
     }

@@ -52,6 +52,8 @@ class Launch(NamedTuple):
     directory: Path
     hostname: str
     vm: VmSpec
+    #: Name of the driver that runs it (vmm/drivers.py).
+    vmm: str = "qemu"
     #: Serials of the disks with the image's layers, lowest first. Not used for clones.
     layers: tuple[str, ...] = ()
     mounts: tuple[MountSpec, ...] = ()

@@ -32,10 +32,10 @@ from remora.sandboxes.output import OutputKeeper
 from remora.sandboxes.registry import MONITOR_SOCKET, Record, write_state
 from remora.vmm.bridge import Bridge
 from remora.vmm.contract import Machine
-from remora.vmm.qemu import QemuDriver
+from remora.vmm.drivers import driver
 from remora.wire.guest_v1 import WaitResponse
 
-QMP_TIMEOUT_S = 30.0
+MONITOR_TIMEOUT_S = 30.0
 RESTORE_TIMEOUT_S = 30.0
 #: How long a foreground maker may take to fetch the last output after `remora stop`.
 FAREWELL_S = 5.0
@@ -120,7 +120,7 @@ class Monitor:
     def _come_up(self, timeout_s: float) -> None:
         launch = self._launch
         assert self._machine is not None
-        self._machine.connect(QMP_TIMEOUT_S)
+        self._machine.connect(MONITOR_TIMEOUT_S)
         who = identity(launch.id, launch.hostname)
         if launch.state_file is not None:
             self._machine.restore(launch.state_file, RESTORE_TIMEOUT_S)
@@ -131,7 +131,7 @@ class Monitor:
             self._guest.resume(who)
             self._stamp("resumed")
             return
-        self._guest = connect_when_up(launch.directory, timeout_s)
+        self._guest = connect_when_up(launch.directory, timeout_s, gone=None if self._bridge else self._ending.is_set)
         self._stamp("guest_up")
         self._guest.setup(who, launch.layers, launch.mounts, readonly_root=launch.readonly_root)
         self._stamp("set_up")
@@ -227,7 +227,7 @@ class Monitor:
             self._guest.close()
             self._guest = None
         try:
-            self._machine.save(Path(path), QMP_TIMEOUT_S)
+            self._machine.save(Path(path), MONITOR_TIMEOUT_S)
         except (OSError, RemoraError) as error:
             self._report_failure(error)
             self._ending.set()
@@ -239,32 +239,37 @@ class Monitor:
     # -- the machine ------------------------------------------------------------------------------------------------
 
     def _start_machine(self) -> None:
-        channel, guest_end = socket.socketpair()
-        try:
-            machine = QemuDriver().start(
-                self._launch.vm,
-                directory=self._launch.directory,
-                channel_fd=guest_end.fileno(),
-                keep_fds=self._launch.keep_fds,
-            )
-        except BaseException:
-            channel.close()
-            raise
-        finally:
-            guest_end.close()
+        monitor, launch = driver(self._launch.vmm), self._launch
+        channel: socket.socket | None = None
+        if monitor.capabilities.channel == "vsock":
+            machine = monitor.start(launch.vm, directory=launch.directory, keep_fds=launch.keep_fds)
+        else:
+            channel, guest_end = socket.socketpair()
+            with guest_end:
+                try:
+                    machine = monitor.start(
+                        launch.vm,
+                        directory=launch.directory,
+                        channel_fd=guest_end.fileno(),
+                        keep_fds=launch.keep_fds,
+                    )
+                except BaseException:
+                    channel.close()
+                    raise
         self._machine = machine
         self._record.fields.update(machine_pid=machine.pid, machine_started=process_start(machine.pid))
         self._update(monitor_pid=os.getpid())
         self._in_reactor(lambda: self._watch_machine(machine, channel))
 
-    def _watch_machine(self, machine: Machine, channel: socket.socket) -> None:
+    def _watch_machine(self, machine: Machine, channel: socket.socket | None) -> None:
         self._reactor.watch_pid(machine.pid, lambda: self._machine_ended(machine))
         self._reactor.register(machine.console.fileno(), READ, lambda _events: self._read_console(machine))
 
         def ended(error: RemoraError) -> None:
             self._channel_ended(machine, error)
 
-        self._bridge = Bridge(self._reactor, channel, self._launch.directory, on_end=ended)
+        if channel is not None:
+            self._bridge = Bridge(self._reactor, channel, self._launch.directory, on_end=ended)
 
     def _read_console(self, machine: Machine) -> None:
         if not machine.read_console():
@@ -273,11 +278,11 @@ class Monitor:
     def _replace_machine(self) -> None:
         old, bridge = self._machine, self._bridge
         assert old is not None
-        assert bridge is not None
-        self._machine = None
+        self._machine = self._bridge = None
 
         def drop() -> None:
-            bridge.close()
+            if bridge is not None:
+                bridge.close()
             self._reactor.unregister(old.console.fileno())
             old.close()
 
@@ -321,7 +326,7 @@ class Monitor:
         ended = machine.reap()
         if machine is not self._machine or ended is None:
             return
-        self._abort(why_ended(ended, self._launch.vm.ram_file))
+        self._abort(why_ended(ended, self._launch.vm.ram_file, monitor=self._launch.vmm))
 
     def _channel_ended(self, machine: Machine, error: RemoraError) -> None:
         def give_up() -> None:

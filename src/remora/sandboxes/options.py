@@ -39,6 +39,8 @@ class Options(NamedTuple):
     user: str = ""
     cpus: int = 1
     memory_mib: int = DEFAULT_MEMORY_MIB
+    #: Name of the virtual machine monitor (vmm/drivers.py).
+    vmm: str = "qemu"
     mounts: tuple[Mount, ...] = ()
     readonly_root: bool = False
     name: str = ""

@@ -23,8 +23,8 @@ from remora.sandboxes.guest_files import Progress, guest_files
 from remora.sandboxes.launch import MountSpec, ProcessSpec
 from remora.sandboxes.options import DEFAULT_PATH, Options, guest_mount
 from remora.vmm.contract import Disk, VmSpec
+from remora.vmm.drivers import driver
 from remora.vmm.probe import accelerator
-from remora.vmm.qemu import MAX_DISKS, check, find_binary
 from remora.vmm.tsc import host_tsc_khz
 
 
@@ -51,10 +51,10 @@ def prepared(
         FailedPreconditionError: something is not installed; the message names it.
         InvalidArgumentError: an option cannot be fulfilled.
     """
-    find_binary()
+    monitor = driver(options.vmm)
     store = ImageStore(state_dir / "images")
     mounted = sum(mount.type in ("image", "bind") for mount in options.mounts)
-    image = flatten(store, store.get(options.image), max(1, MAX_DISKS - mounted - 1))
+    image = flatten(store, store.get(options.image), max(1, monitor.capabilities.max_disks - mounted - 1))
     with contextlib.ExitStack() as stack:
         stack.enter_context(store.hold(image))
         files = guest_files(state_dir, progress)
@@ -85,13 +85,19 @@ def prepared(
         vm = VmSpec(
             kernel=files.kernel,
             initrd=files.initrd,
-            arguments=kernel_arguments(tsc_khz, template=template),
+            arguments=kernel_arguments(
+                tsc_khz,
+                template=template,
+                vsock=monitor.capabilities.channel == "vsock",
+                # Firecracker tells the guest no serials of ours, so the order of the disks does.
+                disks=[disk.serial for disk in disks] if monitor.capabilities.channel == "vsock" else [],
+            ),
             memory_mib=options.memory_mib,
             cpus=options.cpus,
             accelerator=accel,
             disks=tuple(disks),
         )
-        check(vm)
+        monitor.check(vm)
         config = image.config
         entrypoint = config.entrypoint if options.entrypoint is None else options.entrypoint
         # As with docker: a command replaces the image's, and a new entry point drops the image's command as well.

@@ -1,4 +1,4 @@
-"""How a virtual machine is written down in a template's directory, and which QEMU may read it again."""
+"""How a virtual machine is written down in a template's directory, and which monitor may read it again."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from remora.vmm.contract import Disk, VmSpec
-from remora.vmm.qemu import QemuDriver, find_binary
+from remora.vmm.drivers import driver
 
 
-def qemu_version(state_dir: Path) -> str:
-    """Return the version of the installed QEMU; asked again when its file changes (asking costs 40 ms)."""
-    binary = find_binary()
-    info = os.stat(binary)
+def vmm_version(name: str, state_dir: Path) -> str:
+    """Return the version of an installed monitor; asked again when its file changes (asking QEMU costs 40 ms)."""
+    monitor = driver(name)
+    info = os.stat(monitor.binary)
     stamp = f"{info.st_mtime_ns}-{info.st_size}-{info.st_ino}"
-    note = state_dir / "host" / "qemu-version.json"
+    note = state_dir / "host" / f"{name}-version.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         kept = json.loads(note.read_text())
         if kept["stamp"] == stamp:
             return str(kept["version"])
-    version = QemuDriver(binary).version
+    version = monitor.version
     note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = note.with_name(f".{note.name}.{os.getpid()}")
     draft.write_text(json.dumps({"stamp": stamp, "version": version}))
@@ -56,6 +56,8 @@ def with_own_files(vm: VmSpec, directory: Path) -> VmSpec:
 def vm_to_json(vm: VmSpec) -> dict[str, Any]:
     """Return `vm` with the names of its files in the template's directory."""
     assert vm.ram_file is not None
+    assert not vm.networks
+    assert not vm.slots
     return {
         **vm._asdict(),
         "kernel": vm.kernel.name,
@@ -72,6 +74,8 @@ def vm_from_json(values: dict[str, Any], directory: Path) -> VmSpec:
             "kernel": directory / values["kernel"],
             "initrd": directory / values["initrd"],
             "ram_file": directory / values["ram_file"],
+            "networks": (),
+            "slots": (),
             "disks": tuple(Disk(serial, directory / name) for serial, name in values["disks"]),
         }
     )

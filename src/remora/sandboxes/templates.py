@@ -33,15 +33,16 @@ from remora.errors import (
 from remora.sandboxes.launch import Launch
 from remora.sandboxes.options import Options, attachment
 from remora.sandboxes.registry import Record, check_name, remove_flat
-from remora.sandboxes.template_files import qemu_version, vm_from_json, vm_to_json, with_own_files
+from remora.sandboxes.template_files import vm_from_json, vm_to_json, vmm_version, with_own_files
 from remora.vmm.contract import VmSpec
+from remora.vmm.drivers import TITLES
 from remora.vmm.tsc import host_tsc_khz
 
 if TYPE_CHECKING:
     from remora.sandboxes.spawner import Launcher
 
 SPEC_FILE = "spec.json"
-FORMAT = 1
+FORMAT = 2
 READY_TIMEOUT_S = 120.0
 SAVE_TIMEOUT_S = 60.0
 #: Rates within 100 ppm are one rate: the measurement is good to 10 ppm.
@@ -56,6 +57,8 @@ class Stored(NamedTuple):
     #: Sandbox id under which it was made: the parent of its clones' sessions.
     sandbox: str
     vm: VmSpec
+    #: Name of the driver that saved it, and alone can restore it.
+    vmm: str
     state_file: Path
     accelerator: bool
     #: For the records of clones.
@@ -130,17 +133,25 @@ class Templates:
                 )
             vm = vm_from_json(spec["vm"], directory)
             stored = Stored(
-                name, spec["sandbox"], vm, directory / "state", spec["accelerator"], spec["fields"], lock_fd
+                name,
+                spec["sandbox"],
+                vm,
+                spec["vmm"],
+                directory / "state",
+                spec["accelerator"],
+                spec["fields"],
+                lock_fd,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataLossError(
                 f"the template {name} is damaged: {error}",
                 fix=f"remove it and make it again: remora template remove {name}",
             ) from error
-        version = qemu_version(self._state_dir)
-        if spec["qemu"] != version:
+        version = vmm_version(stored.vmm, self._state_dir)
+        if spec["vmm_version"] != version:
             raise FailedPreconditionError(
-                f"the template {name} was saved by QEMU {spec['qemu']} and this host has QEMU {version}",
+                f"the template {name} was saved by {TITLES[stored.vmm]} {spec['vmm_version']} and this host has "
+                f"{version}",
                 fix=_remake(name, spec),
             )
         if spec["tsc_khz"]:
@@ -201,6 +212,7 @@ class Templates:
                     directory=record.directory,
                     hostname=options.hostname or name,
                     vm=vm,
+                    vmm=options.vmm,
                     layers=ready.layers,
                     mounts=ready.mounts,
                     readonly_root=options.readonly_root,
@@ -230,7 +242,8 @@ class Templates:
                 "format": FORMAT,
                 "sandbox": sandbox_id,
                 "vm": vm_to_json(vm._replace(ram_private=True, incoming=True)),
-                "qemu": qemu_version(self._state_dir),
+                "vmm": options.vmm,
+                "vmm_version": vmm_version(options.vmm, self._state_dir),
                 "tsc_khz": host_tsc_khz(self._state_dir / "host") if vm.accelerator == "tcg" else 0,
                 "accelerator": options.accelerator,
                 "created_s": time.time(),

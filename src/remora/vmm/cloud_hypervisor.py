@@ -32,7 +32,7 @@ _API_SOCKET = "cloud-hypervisor.sock"
 _SNAPSHOT_FILES = ("config.json", "state.json")
 _MEMORY_FILE = "memory-ranges"
 _CAPABILITIES = Capabilities(
-    snapshot=True, clone=True, live_migration=True, hot_plug=True, emulation=False, channel="vsock"
+    snapshot=True, clone=True, live_migration=True, hot_plug=True, emulation=False, channel="vsock", max_disks=24
 )
 
 
@@ -223,19 +223,22 @@ class CloudHypervisorDriver:
                 "cloud-hypervisor is not installed",
                 fix="put a release of Cloud Hypervisor on PATH, or use QEMU: --vmm qemu",
             )
-        self._binary = found
+        self.binary = found
         self._version = ""
 
     @property
     def version(self) -> str:
         if not self._version:
-            match = re.search(r"v(\d+\.\d+(?:\.\d+)?)", first_line(self._binary, "--version"))
+            match = re.search(r"v(\d+\.\d+(?:\.\d+)?)", first_line(self.binary, "--version"))
             if match is None:
                 raise FailedPreconditionError(
-                    f"{self._binary} does not tell its version", fix="reinstall Cloud Hypervisor"
+                    f"{self.binary} does not tell its version", fix="reinstall Cloud Hypervisor"
                 )
             self._version = match[1]
         return self._version
+
+    def check(self, spec: VmSpec) -> None:
+        check(spec)
 
     def start(
         self, spec: VmSpec, *, directory: Path, channel_fd: int | None = None, keep_fds: tuple[int, ...] = ()
@@ -246,7 +249,7 @@ class CloudHypervisorDriver:
         release = int(self.version.partition(".")[0])
         for stale in (_API_SOCKET, SOCKET_NAME):
             (directory / stale).unlink(missing_ok=True)
-        arguments = (self._binary, "--api-socket", f"path={_API_SOCKET}", "--seccomp", "true")
+        arguments = (self.binary, "--api-socket", f"path={_API_SOCKET}", "--seccomp", "true")
         pid, console = spawn_with_console(arguments, keep_fds=keep_fds, directory=directory)
         return CloudHypervisorMachine(
             pid, console, api_path=directory / _API_SOCKET, spec=spec, release=release, directory=directory

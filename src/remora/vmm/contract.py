@@ -29,6 +29,8 @@ class Capabilities(NamedTuple):
     hot_plug: bool
     emulation: bool
     channel: ChannelKind
+    #: Disks of one machine, beside its other devices.
+    max_disks: int
 
 
 class Rate(NamedTuple):
@@ -171,8 +173,19 @@ class Driver(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     @property
+    def binary(self) -> str:
+        """Path of the monitor's program."""
+
+    @property
     def version(self) -> str:
         """Version of the monitor: a saved state is loaded by the same version only."""
+
+    def check(self, spec: VmSpec) -> None:
+        """Refuse a machine that this monitor cannot hold or run here.
+
+        Raises:
+            InvalidArgumentError, FailedPreconditionError: with the bound that is broken.
+        """
 
     def start(
         self, spec: VmSpec, *, directory: Path, channel_fd: int | None = None, keep_fds: tuple[int, ...] = ()

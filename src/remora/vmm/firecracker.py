@@ -21,7 +21,14 @@ BINARY = "firecracker"
 JAILER = "jailer"
 _API_SOCKET = "firecracker.sock"
 _CAPABILITIES = Capabilities(
-    snapshot=True, clone=True, live_migration=False, hot_plug=False, emulation=False, channel="vsock"
+    snapshot=True,
+    clone=True,
+    live_migration=False,
+    hot_plug=False,
+    emulation=False,
+    channel="vsock",
+    # Of 17 slots (since 1.15) the vsock, the entropy device and a balloon take three.
+    max_disks=14,
 )
 
 
@@ -142,7 +149,7 @@ class FirecrackerDriver:
             raise FailedPreconditionError(
                 "firecracker is not installed", fix="put a release of Firecracker on PATH, or use QEMU: --vmm qemu"
             )
-        self._binary = found
+        self.binary = found
         self._jail = jail
         self._jailer = jailer or find_program(JAILER) or ""
         if jail is not None and not self._jailer:
@@ -159,19 +166,22 @@ class FirecrackerDriver:
     def release(self) -> fc.Version:
         """The version, comparable."""
         if self._version is None:
-            self._version = fc.parse_version(first_line(self._binary, "--version"))
+            self._version = fc.parse_version(first_line(self.binary, "--version"))
         return self._version
+
+    def check(self, spec: VmSpec) -> None:
+        fc.check(spec, self.release)
 
     def start(
         self, spec: VmSpec, *, directory: Path, channel_fd: int | None = None, keep_fds: tuple[int, ...] = ()
     ) -> FirecrackerMachine:
         if channel_fd is not None:
             raise InvalidArgumentError("Firecracker serves the guest's channel itself and takes no socket for it")
-        fc.check(spec, self.release)
+        self.check(spec)
         jail = self._jail
         if jail is None:
             socket_path = directory / _API_SOCKET
-            arguments: tuple[str, ...] = (self._binary, "--api-sock", _API_SOCKET, "--id", _id(directory.name))
+            arguments: tuple[str, ...] = (self.binary, "--api-sock", _API_SOCKET, "--id", _id(directory.name))
         else:
             socket_path = jail.root / jails.API_SOCKET
             arguments = jails.command_line(jail, self._jailer)

@@ -18,7 +18,7 @@ from typing import Any
 
 from remora.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from remora.guest.kernel import CHANNEL_PORT_NAME, MAX_SERIAL_BYTES
-from remora.vmm.contract import Capabilities, Rate, SlottedMachine, VmSpec
+from remora.vmm.contract import Capabilities, Driver, Rate, SlottedMachine, VmSpec
 from remora.vmm.process import MonitorProcess, find_program, first_line, spawn
 from remora.vmm.qmp import QmpClient
 
@@ -33,7 +33,13 @@ MIN_MEMORY_MIB = 80
 #: MiB that translated code may take: without it one emulated guest grows by several hundred MiB.
 TRANSLATION_CACHE_MIB = 64
 _CAPABILITIES = Capabilities(
-    snapshot=True, clone=True, live_migration=True, hot_plug=False, emulation=True, channel="stream"
+    snapshot=True,
+    clone=True,
+    live_migration=True,
+    hot_plug=False,
+    emulation=True,
+    channel="stream",
+    max_disks=MAX_DISKS,
 )
 _IGNORE_SHARED = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 
@@ -256,17 +262,20 @@ class QemuDriver:
     capabilities = _CAPABILITIES
 
     def __init__(self, binary: str | None = None) -> None:
-        self._binary = binary or find_binary()
+        self.binary = binary or find_binary()
         self._version = ""
 
     @property
     def version(self) -> str:
         if not self._version:
-            match = re.search(r"version (\d+\.\d+\.\d+)", first_line(self._binary, "--version"))
+            match = re.search(r"version (\d+\.\d+\.\d+)", first_line(self.binary, "--version"))
             if match is None:
-                raise FailedPreconditionError(f"{self._binary} does not tell its version", fix="reinstall QEMU")
+                raise FailedPreconditionError(f"{self.binary} does not tell its version", fix="reinstall QEMU")
             self._version = match[1]
         return self._version
+
+    def check(self, spec: VmSpec) -> None:
+        check(spec)
 
     def start(
         self, spec: VmSpec, *, directory: Path, channel_fd: int | None = None, keep_fds: tuple[int, ...] = ()
@@ -280,7 +289,7 @@ class QemuDriver:
                 pid = spawn(
                     command_line(
                         spec,
-                        binary=self._binary,
+                        binary=self.binary,
                         qmp_fd=qmp_child.fileno(),
                         console_fd=console_child.fileno(),
                         channel_fd=channel_fd,
@@ -295,6 +304,6 @@ class QemuDriver:
         return QemuMachine(pid, qmp, console, directory, {slot.serial: slot.readonly for slot in spec.slots})
 
 
-def _conforms(machine: QemuMachine) -> SlottedMachine:
-    """mypy proves here that the class fulfils the contract."""
-    return machine
+def _conforms(machine: QemuMachine, driver: QemuDriver) -> tuple[SlottedMachine, Driver]:
+    """mypy proves here that the classes fulfil the contract."""
+    return machine, driver

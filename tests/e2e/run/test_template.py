@@ -109,8 +109,8 @@ def test_a_function_that_ends_before_it_is_ready_is_quoted(remora: Remora) -> No
 def test_a_template_of_another_qemu_is_refused_with_the_fix(
     remora: Remora, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("remora.sandboxes.templates.qemu_version", lambda _state_dir: "99.0.0")
-    with pytest.raises(FailedPreconditionError, match=r"this host has QEMU 99\.0\.0") as caught:
+    monkeypatch.setattr("remora.sandboxes.templates.vmm_version", lambda _name, _state_dir: "99.0.0")
+    with pytest.raises(FailedPreconditionError, match=r"this host has 99\.0\.0") as caught:
         Sandbox.clone(template, ALONE)
     assert caught.value.fix is not None
     assert f"remora template remove {template}" in caught.value.fix

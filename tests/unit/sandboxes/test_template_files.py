@@ -20,7 +20,7 @@ from remora.vmm.contract import Disk, VmSpec
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Templates:
-    monkeypatch.setattr(templates, "qemu_version", lambda _state_dir: "7.2.22")
+    monkeypatch.setattr(templates, "vmm_version", lambda _name, _state_dir: "7.2.22")
     monkeypatch.setattr(templates, "host_tsc_khz", lambda _cache_dir: 2_596_128)
     monkeypatch.setenv("REMORA_RUNTIME_DIR", str(tmp_path / "run"))
     return Templates(tmp_path)
@@ -42,10 +42,11 @@ def write(store: Templates, name: str, **changes: Any) -> Path:
         incoming=True,
     )
     spec = {
-        "format": 1,
+        "format": 2,
         "sandbox": "0123456789ab",
         "vm": vm_to_json(vm),
-        "qemu": "7.2.22",
+        "vmm": "qemu",
+        "vmm_version": "7.2.22",
         "tsc_khz": 2_596_128,
         "accelerator": True,
         "created_s": 1.0,
@@ -75,7 +76,7 @@ def test_a_missing_template_names_those_that_exist(store: Templates) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"qemu": "8.0.0"}, r"saved by QEMU 8\.0\.0 and this host has QEMU 7\.2\.22"),
+        ({"vmm_version": "8.0.0"}, r"saved by QEMU 8\.0\.0 and this host has 7\.2\.22"),
         ({"tsc_khz": 3_000_000}, "its clock would run wrong"),
         ({"format": 99}, "another version of Remora"),
     ],
