@@ -209,6 +209,44 @@ def test_a_stock_http_client_is_told_to_connect_anew(tmp_path: Path) -> None:
         assert agent.stop() == 0
 
 
+def test_a_stock_grpc_client_in_a_loop_notices_nothing(tmp_path: Path) -> None:
+    """GOAWAY tells it which calls nobody looked at; it makes those again on another connection."""
+    numpy = pytest.importorskip("numpy")
+    grpc = pytest.importorskip("tritonclient.grpc")
+    agent = AgentProcess(tmp_path, models=catalogue_directory())
+    door = ["--listen", f"oip+unix://{tmp_path}/oip.sock"]
+    agent.start(*door)
+    stop = threading.Event()
+    answers: list[bool] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        client = grpc.InferenceServerClient(f"unix:{tmp_path}/oip.sock")
+        while not stop.is_set():
+            value = float(len(answers) % 1000)
+            given = grpc.InferInput("input", [1, 1, 1, 1], "FP32")
+            given.set_data_from_numpy(numpy.full((1, 1, 1, 1), value, numpy.float32))
+            try:
+                result = client.infer("identity", [given])
+                answers.append(result.as_numpy(result.get_response().outputs[0].name).item() == value)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
+                errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(max(2, HANDOVERS // 2)):
+            before = len(answers)
+            wait_until(lambda n=before: len(answers) > n + 5 or errors, "answers")  # type: ignore[misc]
+            succeed(agent, *door)
+    finally:
+        stop.set()
+        thread.join(30)
+        assert agent.stop() == 0, agent.log[-3000:]
+    assert errors == []
+    assert all(answers)
+
+
 # -- socket activation ------------------------------------------------------------------------------------------------
 
 
