@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "policy": "check a configuration file, or show the policy in effect",
     "classify": "classify pictures through the agent",
     "ping": "check the way to the agent",
+    "doctor": "say what this host can do, and what is missing",
     "bench": "measure Remora against named yardsticks",
 }
 
