@@ -28,7 +28,8 @@ def main(argv: list[str] = sys.argv) -> int:
     try:
         flags, action = parse(argv[1:])
         if action == "start":
-            return _start(flags)
+            # Not through the interpreter's own end, which takes as long as all of this.
+            posix._exit(_start(flags))
         from remora.shim import command
 
         return command.run(flags, action)
