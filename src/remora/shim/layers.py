@@ -117,7 +117,7 @@ def split(rootfs: Sequence[Mount]) -> tuple[list[Path], list[str]]:
             directories += reversed([path for path in options.get("lowerdir", "").split(":") if path])
             upper = options.get("upperdir", "")
             # A snapshot that somebody has written to already; usually it is empty.
-            if upper and any(os.scandir(upper)):
+            if upper and os.listdir(upper):
                 directories.append(upper)
         elif mount.type in ("bind", "rbind", ""):
             directories.append(mount.source)

@@ -1,0 +1,149 @@
+"""The shim's pure parts: settings and sizes, identities, cgroups, the network's description, metrics, layers."""
+
+from __future__ import annotations
+
+import json
+from base64 import urlsafe_b64encode
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remora.errors import InvalidArgumentError, UnimplementedError
+from remora.shim import cgroups, identity, layers, network, settings, stats
+from remora.vmm.contract import Network
+from remora.wire import containerd as c
+from remora.wire.guest_pod_v1 import StatsResponse
+from remora.wire.ttrpc.messages import Any as AnyMessage
+
+MIB = 1 << 20
+CRI = "io.kubernetes.cri.sandbox-"
+
+
+def test_settings_come_from_the_file_that_containerd_names(tmp_path: Path) -> None:
+    file = tmp_path / "runtime.toml"
+    file.write_text('[vm]\nmemory = "1G"\nscratch = "0"\n[accelerator]\nenabled = false\n')
+    value = b"".join(c.RuntimeOptions(config_path=str(file)).encode())
+    loaded = settings.load(AnyMessage(type_url="runtimeoptions.v1.Options", value=value))
+    assert (loaded.memory_mib, loaded.scratch_mib, loaded.accelerator) == (1024, 0, False)
+
+
+def test_a_setting_that_nobody_knows_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"vm\.memmory"):
+        settings.parse('[vm]\nmemmory = "1G"\n')
+    missing = b"".join(c.RuntimeOptions(config_path=str(tmp_path / "none.toml")).encode())
+    with pytest.raises(InvalidArgumentError, match="do not exist"):
+        settings.load(AnyMessage(type_url="runtimeoptions.v1.Options", value=missing))
+
+
+@pytest.mark.parametrize(
+    ("annotations", "resources", "size"),
+    [
+        ({}, {}, (512, 1)),
+        ({f"{CRI}memory": str(200 * MIB)}, {}, (296, 1)),
+        ({f"{CRI}cpu-quota": "250000", f"{CRI}cpu-period": "100000"}, {}, (512, 3)),
+        ({}, {"memory": {"limit": 64 * MIB}, "cpu": {"quota": 50000, "period": 100000}}, (160, 1)),
+        ({"io.remora.memory": "2G", "io.remora.cpus": "4", f"{CRI}memory": "1"}, {}, (2048, 4)),
+    ],
+)
+def test_a_pods_limits_size_its_microvm(
+    annotations: dict[str, str], resources: dict[str, Any], size: tuple[int, int]
+) -> None:
+    config = {"annotations": annotations, "linux": {"resources": resources}}
+    assert settings.size(settings.Settings(), config) == size
+
+
+def test_an_annotation_cannot_exceed_the_nodes_bounds() -> None:
+    with pytest.raises(InvalidArgumentError, match="this node allows"):
+        settings.size(settings.Settings(max_memory_mib=1024), {"annotations": {"io.remora.memory": "2G"}})
+
+
+def test_a_pod_is_known_by_namespace_name_and_service_account(tmp_path: Path) -> None:
+    claims = {"kubernetes.io": {"serviceaccount": {"name": "robot"}}}
+    payload = urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    (tmp_path / "token").write_text(f"header.{payload}.signature")
+    sandbox = {
+        "annotations": {
+            f"{CRI}namespace": "prod",
+            f"{CRI}name": "web-1",
+            f"{CRI}uid": "u-1",
+            "io.remora.label.tier": "gold",
+            "io.remora.label.namespace": "forged",
+            "io.remora.tenant": "acme",
+        }
+    }
+    container = {
+        "mounts": [{"destination": "/var/run/secrets/kubernetes.io/serviceaccount", "source": str(tmp_path)}],
+    }
+    attach = identity.attach_spec(settings.Settings(), sandbox, container)
+    assert attach.tenant == "acme"
+    assert dict(attach.labels) == {
+        "namespace": "prod", "pod": "web-1", "uid": "u-1", "service_account": "robot", "tier": "gold",
+    }  # fmt: skip
+    assert identity.sandbox_name(sandbox, "abcdef0123456789") == "prod.web-1.abcdef01"
+    assert len(identity.sandbox_name({"annotations": {f"{CRI}name": "x" * 253}}, "abc")) <= 128
+    assert identity.wanted(settings.Settings(), sandbox)
+    assert not identity.wanted(settings.Settings(), {"annotations": {"io.remora.accelerator": "false"}})
+
+
+def test_cgroup_paths_of_both_drivers() -> None:
+    assert cgroups.relative("/kubepods/pod1/abc") == "kubepods/pod1/abc"
+    assert cgroups.relative("kubepods-besteffort-pod1.slice:cri-containerd:abc") == (
+        "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/cri-containerd-abc.scope"
+    )
+
+
+def test_the_guest_gets_addresses_and_routes_but_not_those_the_kernel_makes() -> None:
+    links = [
+        {
+            "ifname": "eth0",
+            "address": "02:00:00:00:00:01",
+            "mtu": 1450,
+            "addr_info": [
+                {"local": "10.1.0.5", "prefixlen": 24, "scope": "global"},
+                {"local": "fe80::1", "prefixlen": 64, "scope": "link"},
+            ],
+        }
+    ]
+    routes = [
+        {"dst": "default", "gateway": "169.254.1.1", "dev": "eth0"},
+        {"dst": "169.254.1.1", "dev": "eth0", "scope": "link"},
+        {"dst": "10.1.0.0/24", "dev": "eth0", "protocol": "kernel", "prefsrc": "10.1.0.5"},
+        {"dst": "10.9.0.0/16", "dev": "other"},
+    ]
+    found = network.describe(links, routes, (Network("tap0", "02:00:00:00:00:01", 1450),))
+    assert [(one.name, one.mtu) for one in found.links] == [("eth0", 1450)]
+    assert [one.prefix for one in found.addresses] == ["10.1.0.5/24"]
+    assert [(one.destination, one.gateway) for one in found.routes] == [
+        ("169.254.1.1", ""),
+        ("default", "169.254.1.1"),
+    ]
+
+
+def test_metrics_have_the_form_of_the_hosts_cgroups() -> None:
+    used = StatsResponse(memory_bytes=100, inactive_file_bytes=30, cpu_us=5, pids=2, guest_memory_bytes=999)
+    first = stats.metrics(used, unified=False)
+    assert first.type_url == "io.containerd.cgroups.v1.Metrics"
+    v1 = c.MetricsV1.decode(first.value)
+    assert v1.cpu is not None
+    assert v1.cpu.usage is not None
+    assert v1.cpu.usage.total == 5000
+    assert v1.memory is not None
+    assert v1.memory.total_inactive_file == 30
+    second = stats.metrics(used, unified=True)
+    assert second.type_url == "io.containerd.cgroups.v2.Metrics"
+    v2 = c.MetricsV2.decode(second.value)
+    assert v2.memory is not None
+    assert (v2.memory.usage, v2.memory.usage_limit) == (100, 999)
+
+
+def test_layers_are_the_lower_directories_lowest_first_and_a_written_upper_one(tmp_path: Path) -> None:
+    upper = tmp_path / "upper"
+    upper.mkdir()
+    options = ["index=off", f"upperdir={upper}", "workdir=/w", "lowerdir=/top:/middle:/bottom"]
+    assert layers.split([c.Mount(type="overlay", options=options)]) == ([], ["/bottom", "/middle", "/top"])
+    (upper / "file").touch()
+    assert layers.split([c.Mount(type="overlay", options=options)])[1][-1] == str(upper)
+    assert layers.split([c.Mount(type="erofs", source="/blob")]) == ([Path("/blob")], [])
+    with pytest.raises(UnimplementedError, match="overlayfs snapshotter"):
+        layers.split([c.Mount(type="zfs", source="pool")])
