@@ -83,11 +83,11 @@ class WorkerLanes:
         """Return how many runs may be with the worker now, of `slots` at most."""
         return slots - 1 if slots > 1 and self._typical_us > _SHORT_US and self.contended(now_s) else slots
 
-    def limit_us(self, lane: Queues, rows: int, slots: int, now_s: float) -> float:
-        """Return how long a batch instead of a run of `rows` may take, for the sake of those who wait for its end."""
+    def stretch(self, slots: int, now_s: float) -> float:
+        """Return how many times as long as a lone run a batch may take, for the sake of those who wait for its end."""
         if not self.contended(now_s):
             return float("inf")
-        return lane.times.of_rows_us(rows) * max(_STRETCH, len(self.active) / max(1, slots - 1))
+        return max(_STRETCH, len(self.active) / max(1, slots - 1))
 
     def wants_company(self, lane: Queues, ticket: Ticket, waiting_rows: int, now_s: float) -> bool:
         """True if the request should wait a little: the worker is busy anyway, and others may join it."""

@@ -252,7 +252,7 @@ class FairScheduler:
         tickets, rows = [first], first.rows
         if first.form is None or self.together is None or lane.plan.rows <= rows:
             return tickets
-        limit_us = worker.limit_us(lane, rows, self._slots(worker.domain), self._now_s())
+        limit = worker.stretch(self._slots(worker.domain), self._now_s()) * lane.plan.stretch_of(rows)
         latest_s = first.deadline_s
         aside: list[Entry] = []
         while worker.order and rows < lane.plan.rows and len(aside) < _LOOK_AHEAD:
@@ -263,11 +263,11 @@ class FairScheduler:
             ticket = self._head(worker, entry)
             if ticket is None:
                 continue
-            together, run_us = rows + ticket.rows, lane.times.of_rows_us(rows + ticket.rows)
-            ends_s = self._now_s() + run_us / 1e6
+            together = rows + ticket.rows
+            ends_s = self._now_s() + lane.times.of_rows_us(together) / 1e6
             deadlines = [one for one in (latest_s, ticket.deadline_s) if one is not None]
-            fits = together <= lane.plan.rows and run_us <= limit_us and (not deadlines or ends_s <= min(deadlines))
-            if ticket.form != first.form or not fits:
+            fits = together <= lane.plan.rows and lane.plan.stretch_of(together) <= limit
+            if ticket.form != first.form or not fits or (deadlines and ends_s > min(deadlines)):
                 aside.append(entry)
                 continue
             self._draw(worker, lane, entry, ticket)

@@ -41,6 +41,18 @@ class Plan:
     wait_s: float = 0.0
     #: Runs of this model at once; 0: as many as its worker takes.
     concurrent: int = 0
+    #: (rows, how many times as long as a run of one row), by rows. From one measurement: what runs happen to take while
+    #: the machine is busy says little about it.
+    stretch: tuple[tuple[int, float], ...] = ()
+
+    def stretch_of(self, rows: int) -> float:
+        """Return how many times as long as a run of one row one of so many takes; what is unknown gains nothing."""
+        below, times = 1, 1.0
+        for at, stretch in self.stretch:
+            if at >= rows:
+                return times + (stretch - times) * (rows - below) / max(1, at - below)
+            below, times = at, stretch
+        return times * rows / below
 
 
 ALONE = Plan()

@@ -60,7 +60,12 @@ def choose(found: Measurement, device: str, threads: int) -> Plan:
     elif rates:
         least = min(count for count, rate in rates.items() if rate >= 0.95 * max(rates.values()))
         concurrent = least if least < threads else 0
-    return Plan(rows=min(rows, MOST_ROWS), concurrent=concurrent)
+    return Plan(min(rows, MOST_ROWS), concurrent=concurrent, stretch=_stretch(found))
+
+
+def _stretch(found: Measurement) -> tuple[tuple[int, float], ...]:
+    one_us = found.curve.get(1, 0.0)
+    return tuple((rows, run_us / one_us) for rows, run_us in sorted(found.curve.items())) if one_us else ()
 
 
 @dataclass
@@ -107,11 +112,8 @@ class Tuning:
         said = source.manifest.get("batching", {})
         key = f"{source.digest} {spec.device} {spec.backend} {self._settings.threads} threads"
         facts = self._notebook.get(lane[0], key, kept=lane[0] == SHARED)
-        if "rows" in said:
-            self._adopt(lane, spec, said, None)
-        elif facts is not None and facts.tried:
-            self._adopt(lane, spec, said, facts.measurement)
-        elif self._settings.calibrate_ms and spec.inputs:
+        self._adopt(lane, spec, said, facts.measurement if facts is not None else None)
+        if (facts is None or not facts.tried) and self._settings.calibrate_ms and spec.inputs:
             one = [(1, *tensor.shape[1:]) if takes_rows(spec) else tensor.shape for tensor in spec.inputs]
             shapes = one if all(min(shape, default=0) >= 0 for shape in one) else None
             self._unmeasured[lane] = _Unmeasured(source, spec, key, self._now_s(), load_s, shapes)
@@ -169,7 +171,7 @@ class Tuning:
             self.seed(lane, found.curve)
         rows = int(said.get("rows", plan.rows)) if takes_rows(spec) else 1
         wait_s, concurrent = float(said.get("wait_ms", 0.0)) / 1000, int(said.get("concurrent", plan.concurrent))
-        self._plans[lane] = Plan(rows, wait_s, concurrent)
+        self._plans[lane] = Plan(rows, wait_s, concurrent, plan.stretch)
 
 
 def _shapes(spec: ModelSpec, operation: Operation) -> Sequence[Sequence[int]] | None:

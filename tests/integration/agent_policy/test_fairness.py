@@ -6,6 +6,7 @@ The bounds are wider than the aims (2.5 times, 5 %), because others use this mac
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,20 +29,32 @@ weight = 3
 [tenant."poor"]
 requests_per_s = 1
 """
+PLAIN, BATCHED = "efficientnet-lite0", "batched"
 _PICTURE = remora_v1.Tensor(name="input", dtype="float32", shape=[1, 3, 224, 224], data=bytes(602112))
-REQUEST = remora_v1.InferRequest(model="efficientnet-lite0", inputs=[_PICTURE])
+
+
+def request(model: str) -> remora_v1.InferRequest:
+    return remora_v1.InferRequest(model=model, inputs=[_PICTURE])
 
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
-    with running_agent(tmp_path_factory.mktemp("f"), config=CONFIG, models=catalogue_directory()) as running:
+    """An agent with a model, and the same again that the operator wants to run in batches."""
+    directory = tmp_path_factory.mktemp("models")
+    for name in (PLAIN, BATCHED, "identity"):
+        shutil.copytree(catalogue_directory() / (PLAIN if name == BATCHED else name), directory / name)
+    manifest = directory / BATCHED / "manifest.toml"
+    text = manifest.read_text().replace(f'name = "{PLAIN}"', f'name = "{BATCHED}"', 1)
+    manifest.write_text(f"{text}\n[batching]\nrows = 8\n")
+    with running_agent(tmp_path_factory.mktemp("f"), config=CONFIG, models=directory) as running:
         with Guest(running.connect()) as guest:
-            guest.call("Infer", REQUEST, remora_v1.InferResponse)
+            for model in (PLAIN, BATCHED):
+                guest.call("Infer", request(model), remora_v1.InferResponse)
         yield running
 
 
 @contextmanager
-def flood(agent: AgentProcess, tenant: str, depth: int) -> Iterator[list[int]]:
+def flood(agent: AgentProcess, tenant: str, depth: int, model: str = PLAIN) -> Iterator[list[int]]:
     """Keep `depth` requests of a tenant in flight; yields the device time of each, as it is answered."""
     used: list[int] = []
     stop = threading.Event()
@@ -50,7 +63,7 @@ def flood(agent: AgentProcess, tenant: str, depth: int) -> Iterator[list[int]]:
 
         def work() -> None:
             while not stop.is_set():
-                timing = guest.call("Infer", REQUEST, remora_v1.InferResponse).timing
+                timing = guest.call("Infer", request(model), remora_v1.InferResponse).timing
                 assert timing is not None
                 used.append(timing.run_us)
 
@@ -74,7 +87,7 @@ import socket, statistics, sys, time
 from agent_process import Guest
 from remora.wire import remora_v1
 picture = remora_v1.Tensor(name="input", dtype="float32", shape=[1, 3, 224, 224], data=bytes(602112))
-request = remora_v1.InferRequest(model="efficientnet-lite0", inputs=[picture])
+request = remora_v1.InferRequest(model=sys.argv[2], inputs=[picture])
 sock = socket.socket(socket.AF_UNIX)
 sock.connect(sys.argv[1])
 with Guest(sock) as guest:
@@ -89,30 +102,34 @@ with Guest(sock) as guest:
 """
 
 
-def quiet_s(agent: AgentProcess) -> tuple[float, float, float]:
+def quiet_s(agent: AgentProcess, model: str) -> tuple[float, float, float]:
     """Return medians of one request at a time: in all, queue and run; from a process that shares no lock with us."""
     support = str(Path(agent_process.__file__).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([support, *sys.path])}
-    command = [sys.executable, "-c", _QUIET, str(agent.socket)]
+    command = [sys.executable, "-c", _QUIET, str(agent.socket), model]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
     assert run.returncode == 0, run.stderr
     total_s, queue_s, run_s = map(float, run.stdout.split())
     return total_s, queue_s, run_s
 
 
-def test_a_flood_of_another_tenant_leaves_a_sequential_one_its_time(agent: AgentProcess) -> None:
-    alone = quiet_s(agent)
-    with flood(agent, "loud", 64):
-        beside = quiet_s(agent)
+@pytest.mark.parametrize(("flooded", "asked"), [(PLAIN, PLAIN), (BATCHED, BATCHED), (PLAIN, BATCHED)])
+def test_a_flood_of_another_tenant_leaves_a_sequential_one_its_time(
+    agent: AgentProcess, flooded: str, asked: str
+) -> None:
+    alone = quiet_s(agent, asked)
+    with flood(agent, "loud", 64, flooded):
+        beside = quiet_s(agent, asked)
     for name, (total_s, queue_s, run_s) in (("alone", alone), ("beside a flood", beside)):
         print(f"\n{name}: {total_s * 1e3:.1f} ms, queue {queue_s * 1e3:.1f}, run {run_s * 1e3:.1f}", end="")
     print(f"\nratio {beside[0] / alone[0]:.2f}")
     assert beside[0] / alone[0] < 3.5
 
 
+@pytest.mark.parametrize("models", [(PLAIN, PLAIN), (BATCHED, BATCHED), (PLAIN, BATCHED)])
 @pytest.mark.parametrize(("first", "weight"), [("even", 1.0), ("heavy", 3.0)])
-def test_device_time_follows_weights(agent: AgentProcess, first: str, weight: float) -> None:
-    with flood(agent, first, 24) as one, flood(agent, "light", 24) as other:
+def test_device_time_follows_weights(agent: AgentProcess, first: str, weight: float, models: tuple[str, str]) -> None:
+    with flood(agent, first, 24, models[0]) as one, flood(agent, "light", 24, models[1]) as other:
         starts = len(one), len(other)
         until_s = time.monotonic() + 4
         while time.monotonic() < until_s:
@@ -120,7 +137,7 @@ def test_device_time_follows_weights(agent: AgentProcess, first: str, weight: fl
         used = [sum(list(times)[start:]) for times, start in zip((one, other), starts, strict=True)]
     ratio = used[0] / used[1]
     print(f"\nweights {weight:g}:1, device time {ratio:.3f}:1")
-    assert ratio == pytest.approx(weight, rel=0.2)
+    assert ratio == pytest.approx(weight, rel=0.25)
 
 
 def test_a_tenant_over_its_rate_is_refused_at_once_and_others_are_not(agent: AgentProcess) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +31,8 @@ class Bench:
 
     def __init__(self, plan: Plan, slots: int = 1, cost_us: Callable[[int], int] = flat_us) -> None:
         self.now_s = 0.0
-        self.plan = plan
+        stretch = tuple((rows, cost_us(rows) / cost_us(1)) for rows in (1, 2, 4, 8, 16))
+        self.plan = replace(plan, stretch=stretch)
         self.cost_us = cost_us
         self.running: list[list[Ticket]] = []
         self.sizes: list[int] = []

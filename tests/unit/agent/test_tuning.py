@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,16 @@ GAINS = Measurement(FLAT, {1: 900.0, 2: 1800.0}, True)
     ],
 )
 def test_a_plan_follows_from_what_was_measured(found: Measurement, device: str, plan: Plan) -> None:
-    assert choose(found, device, 2) == plan
+    assert replace(choose(found, device, 2), stretch=()) == plan
+
+
+def test_how_long_batches_take_is_known_between_and_beyond_what_was_measured() -> None:
+    plan = choose(GAINS, "cpu", 2)
+    assert plan.stretch_of(1) == 1.0
+    assert plan.stretch_of(8) == pytest.approx(1.1)
+    assert plan.stretch_of(12) == pytest.approx(1.55)
+    assert plan.stretch_of(32) == pytest.approx(4.0)
+    assert ALONE.stretch_of(5) == 5.0, "what is unknown gains nothing"
 
 
 def test_requests_have_one_form_if_they_differ_in_rows_only() -> None:
@@ -93,7 +103,8 @@ class Bench:
     def plan(self, shape: tuple[int, ...] = (1, 4), lane: Lane = LANE) -> Plan:
         data = bytes(4 * shape[0] * shape[1])
         tensor = operations.tensor("input", "float32", shape, data)
-        return self.tuning.plan(lane, operations.infer("m", [tensor], [], deadline_s=None))
+        plan = self.tuning.plan(lane, operations.infer("m", [tensor], [], deadline_s=None))
+        return replace(plan, stretch=())
 
     def settle(self) -> None:
         done: Box[object] = Box()
@@ -204,7 +215,8 @@ def test_the_operators_word_goes_first(bench: Bench) -> None:
     bench.load(rows=4, wait_ms=2.5, concurrent=1)
     assert bench.plan() == Plan(rows=4, wait_s=0.0025, concurrent=1)
     bench.tuning.idle(LANE)
-    assert not bench.workers.measures
+    bench.workers.measures[0][3](GAINS)
+    assert bench.plan() == Plan(rows=4, wait_s=0.0025, concurrent=1), "measured for what it costs others only"
     bench.tuning.forget(LANE)
     bench.load(inputs=(TensorSpec("input", "float32", (1, 4)),), rows=4)
     assert bench.plan() == ALONE, "a model without an open first axis takes one request at a time"
