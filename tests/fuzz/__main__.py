@@ -2,8 +2,9 @@
 
 Each target is a module of `targets/` with `case(data)`, which takes any bytes and raises only if something is wrong,
 and `seeds()`, valid input to begin with. With atheris (`pip install atheris`; no dependency of ours) coverage guides
-the mutation, else it is blind. A case that fails is written to build/fuzz/ and named; put it into `corpus/` with its
-fix: `test_corpus.py` runs what is kept there. `--minimise DIRECTORY` adds what takes new paths to the kept corpus.
+the mutation, else it is blind. A case that fails is written to build/fuzz/ and named: put it into the target's `seeds`
+with its fix. `--minimise DIRECTORY` (what atheris found is in build/fuzz/found) keeps in `corpus/` what takes a path of
+its own; `test_corpus.py` runs that.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--engine", choices=("atheris", "blind"), help="default: atheris if it is installed")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--max-bytes", type=int, default=2048, help="longest case")
-    parser.add_argument("--minimise", type=Path, metavar="DIRECTORY", help="keep what takes new paths from there")
+    parser.add_argument("--minimise", type=Path, metavar="DIRECTORY", help="also from there")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     unknown = sorted(set(asked.target) - set(NAMES))
@@ -111,8 +112,7 @@ def _minimise(name: str, directory: Path) -> None:
     here = directory / name
     more = [path.read_bytes() for path in here.glob("*")] if here.is_dir() else []
     chosen = set(corpus.minimal(target.case, [*_starters(name, target), *more]))
-    for data in chosen - set(corpus.read(name)):
-        corpus.keep(name, data)
+    corpus.replace(name, chosen)
     print(f"{name}: {len(chosen)} of {len(more)} cases, {sum(map(len, chosen))} bytes", flush=True)
 
 

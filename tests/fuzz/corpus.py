@@ -19,12 +19,16 @@ def read(target: str) -> list[bytes]:
     return sorted((path.read_bytes() for path in (CORPUS / target).glob("*")), key=lambda data: (len(data), data))
 
 
-def keep(target: str, data: bytes) -> Path:
-    """Write a case into the corpus."""
-    path = CORPUS / target / hashlib.sha256(data).hexdigest()[:16]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
+def replace(target: str, cases: Iterable[bytes]) -> None:
+    """Keep these cases and no others."""
+    directory = CORPUS / target
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted = {hashlib.sha256(data).hexdigest()[:16]: data for data in cases}
+    for path in directory.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    for name, data in wanted.items():
+        (directory / name).write_bytes(data)
 
 
 def covered(case: Callable[[bytes], None], data: bytes) -> set[tuple[str, int, int]]:

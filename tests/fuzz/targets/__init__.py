@@ -14,4 +14,5 @@ NAMES = (
     "vaccel_stream",
     "oip_rest",
     "oip_grpc",
+    "metrics_http",
 )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import socketserver
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +22,52 @@ triton_grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient is m
 PICTURE = np.random.default_rng(7).random((1, 3, 224, 224), dtype=np.float32)
 
 
-@pytest.fixture(params=["http-tcp", "grpc-unix", "grpc-tcp"])
-def stock(request: pytest.FixtureRequest, agent: Any) -> Iterator[tuple[Any, Any]]:
+class Forwarder(socketserver.ThreadingTCPServer):
+    """From a TCP port to a Unix socket: what a guest runs for clients that only know TCP."""
+
+    daemon_threads = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(("127.0.0.1", 0), _Forwarded)
+
+
+class _Forwarded(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, Forwarder)
+        with socket.socket(socket.AF_UNIX) as agent:
+            agent.connect(str(self.server.path))
+            up = threading.Thread(target=_copy, args=(self.request, agent))
+            up.start()
+            _copy(agent, self.request)
+            up.join()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(1 << 18):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # the other end is gone: there is nothing left to carry
+
+
+@pytest.fixture(scope="module")
+def forwarder(agent: Any) -> Iterator[int]:
+    with Forwarder(agent.oip_socket) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(params=["http-tcp", "http-forwarded", "grpc-unix", "grpc-tcp"])
+def stock(request: pytest.FixtureRequest, agent: Any, forwarder: int) -> Iterator[tuple[Any, Any]]:
     """(client module, client)"""
-    module = triton_http if request.param == "http-tcp" else triton_grpc
+    module = triton_http if request.param.startswith("http") else triton_grpc
     url = f"unix:{agent.oip_socket}" if request.param == "grpc-unix" else f"127.0.0.1:{agent.oip_port}"
-    client = module.InferenceServerClient(url)
+    client = module.InferenceServerClient(f"127.0.0.1:{forwarder}" if request.param == "http-forwarded" else url)
     yield module, client
     client.close()
 
@@ -88,3 +133,26 @@ def test_errors_say_what_is_wrong(stock: tuple[Any, Any]) -> None:
     with pytest.raises(InferenceServerException, match=r"SystemSharedMemoryStatus|system_shared_memory"):
         client.get_system_shared_memory_status()
     assert client.is_server_live()
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_the_asynchronous_clients_pass_as_well(agent: Any, kind: str) -> None:
+    from tritonclient.utils import InferenceServerException
+
+    module = triton_http if kind == "http" else triton_grpc
+    aio = pytest.importorskip(f"tritonclient.{kind}.aio")
+    url = f"127.0.0.1:{agent.oip_port}" if kind == "http" else f"unix:{agent.oip_socket}"
+
+    async def use() -> None:
+        async with aio.InferenceServerClient(url) as client:
+            assert await client.is_server_live()
+            assert await client.is_server_ready()
+            assert await client.is_model_ready("identity")
+            model = await client.get_model_metadata("identity")
+            assert (model["name"] if kind == "http" else model.name) == "identity"
+            answers = await asyncio.gather(*(client.infer("identity", [tensor(module, PICTURE)]) for _ in range(8)))
+            assert {answer.as_numpy("output").tobytes() for answer in answers} == {PICTURE.tobytes()}
+            with pytest.raises(InferenceServerException, match="no-such-model"):
+                await client.infer("no-such-model", [tensor(module, PICTURE)])
+
+    asyncio.run(use())
