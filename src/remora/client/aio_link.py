@@ -21,6 +21,7 @@ from remora.client.continuity import (
     UPLOAD_WINDOW,
     Patience,
 )
+from remora.client.inference import InferAnswer, Inference
 from remora.client.link import NobodyThereError
 from remora.errors import (
     DeadlineExceededError,
@@ -30,6 +31,7 @@ from remora.errors import (
     UnavailableError,
 )
 from remora.wire import remora_v1 as v1
+from remora.wire.protobuf import Message
 from remora.wire.ttrpc.aio import Client
 
 TYPE_CHECKING = False
@@ -53,10 +55,8 @@ if TYPE_CHECKING:
 
     from remora.client.address import Address
     from remora.client.continuity import Continuity
-    from remora.client.inference import Inference
     from remora.client.region import Region
-    from remora.wire.protobuf import Message
-    from remora.wire.ttrpc.core import Metadata
+    from remora.wire.ttrpc.core import Body, Metadata
 
     Response = TypeVar("Response", bound=Message)
 
@@ -135,7 +135,7 @@ class AsyncLink:
             RemoraError: the agent's answer, or UnavailableError or DeadlineExceededError from here.
         """
 
-        async def body(_connection: Connection) -> Message:
+        async def body(_connection: Connection) -> Body:
             return request
 
         return await self._call(method, body, response, timeout_s, metadata)
@@ -151,21 +151,21 @@ class AsyncLink:
         """Make an Infer call, as `Link.infer`."""
         with_region = True
 
-        async def body(connection: Connection) -> Message:
+        async def body(connection: Connection) -> Body:
             message = request.body(await self._region(connection, request) if with_region else None)
-            if not request.is_shared:
+            if isinstance(message, Message):
                 self.continuity.check_size(message.byte_size(), "Infer")
             return message
 
         try:
             try:
-                answer = await self._call("Infer", body, v1.InferResponse, timeout_s, metadata)
+                answer = await self._call("Infer", body, InferAnswer, timeout_s, metadata)
             except FailedPreconditionError as error:
                 if not request.is_shared:
                     raise
                 request.failed(error)  # it may be the memory that the agent knows no more
                 with_region = False
-                answer = await self._call("Infer", body, v1.InferResponse, timeout_s, metadata)
+                answer = await self._call("Infer", body, InferAnswer, timeout_s, metadata)
         except BaseException as error:
             request.failed(error)
             raise
@@ -196,7 +196,7 @@ class AsyncLink:
     async def _call(
         self,
         method: str,
-        body: Callable[[Connection], Awaitable[Message]],
+        body: Callable[[Connection], Awaitable[Body]],
         response: Type[Response],
         timeout_s: float,
         metadata: Optional[Metadata],

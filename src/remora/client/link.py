@@ -26,6 +26,7 @@ from remora.client.continuity import (
     Continuity,
     Patience,
 )
+from remora.client.inference import InferAnswer, Inference
 from remora.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -34,6 +35,7 @@ from remora.errors import (
     UnavailableError,
 )
 from remora.wire import remora_v1 as v1
+from remora.wire.protobuf import Message
 from remora.wire.ttrpc.sync import Client
 
 TYPE_CHECKING = False
@@ -41,10 +43,8 @@ if TYPE_CHECKING:
     import socket
     from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar
 
-    from remora.client.inference import Inference
     from remora.client.region import Region
-    from remora.wire.protobuf import Message
-    from remora.wire.ttrpc.core import Metadata
+    from remora.wire.ttrpc.core import Body, Metadata
     from remora.wire.ttrpc.sync import Stream
 
     Response = TypeVar("Response", bound=Message)
@@ -135,21 +135,21 @@ class Link:
         """
         with_region = True
 
-        def body(connection: Connection) -> Message:
+        def body(connection: Connection) -> Body:
             message = request.body(self._region(connection, request) if with_region else None)
-            if not request.is_shared:
+            if isinstance(message, Message):
                 self.continuity.check_size(message.byte_size(), "Infer")
             return message
 
         try:
             try:
-                answer = self._call("Infer", body, v1.InferResponse, timeout_s, metadata)
+                answer = self._call("Infer", body, InferAnswer, timeout_s, metadata)
             except FailedPreconditionError as error:
                 if not request.is_shared:
                     raise
                 request.failed(error)  # it may be the memory that the agent knows no more
                 with_region = False
-                answer = self._call("Infer", body, v1.InferResponse, timeout_s, metadata)
+                answer = self._call("Infer", body, InferAnswer, timeout_s, metadata)
         except BaseException as error:
             request.failed(error)
             raise
@@ -177,7 +177,7 @@ class Link:
     def _call(
         self,
         method: str,
-        body: Callable[[Connection], Message],
+        body: Callable[[Connection], Body],
         response: Type[Response],
         timeout_s: float,
         metadata: Optional[Metadata],

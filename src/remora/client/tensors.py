@@ -40,6 +40,10 @@ FORMAT_OF_DTYPE: Dict[str, str] = {
 }
 
 
+#: numpy types that need no conversion -> their names, which numpy spells out anew each time it is asked.
+_known_dtypes: Dict[Any, str] = {}
+
+
 class Tensor:
     """Row-major, little-endian numbers with a type and a shape.
 
@@ -109,13 +113,14 @@ class Tensor:
         return f"Tensor(dtype={self.dtype!r}, shape={self.shape})"
 
 
-def to_wire(inputs: Mapping[str, Any]) -> Tuple[List[v1.Tensor], bool]:
-    """Return the request's tensors, and whether one of them came as a numpy array."""
+def read(inputs: Mapping[str, Any]) -> Tuple[List[Tuple[str, Tensor]], bool]:
+    """Return a request's tensors by name, and whether one of them came as a numpy array."""
     if not hasattr(inputs, "items"):
         raise InvalidArgumentError(
             f"inputs is a {type(inputs).__name__}", fix='pass a mapping of input name to array: {"input": array}'
         )
-    tensors, arrays = [], False
+    tensors: List[Tuple[str, Tensor]] = []
+    arrays = False
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             tensor = value
@@ -124,17 +129,29 @@ def to_wire(inputs: Mapping[str, Any]) -> Tuple[List[v1.Tensor], bool]:
             tensor = _from_numpy(name, value)
         else:
             tensor = _from_buffer(name, value)
-        tensors.append(v1.Tensor(name=name, dtype=tensor.dtype, shape=list(tensor.shape), data=tensor.data))
+        tensors.append((name, tensor))
     return tensors, arrays
+
+
+def to_wire(tensors: Iterable[Tuple[str, Tensor]]) -> List[v1.Tensor]:
+    """Return tensors as a request carries them."""
+    return [
+        v1.Tensor(name=name, dtype=tensor.dtype, shape=list(tensor.shape), data=tensor.data) for name, tensor in tensors
+    ]
 
 
 def from_wire(tensors: Iterable[v1.Tensor], *, arrays: bool) -> Dict[str, Any]:
     """Return a response's tensors by name, on the memory of the receive buffer."""
     found: Dict[str, Any] = {}
     for message in tensors:
-        tensor = Tensor(message.data, message.dtype, message.shape)
-        found[message.name] = tensor.numpy() if arrays else tensor
+        found[message.name] = result(message.data, message.dtype, message.shape, arrays=arrays)
     return found
+
+
+def result(data: Buffer, dtype: str, shape: Sequence[int], *, arrays: bool) -> Any:  # a Tensor or a numpy array
+    """Return one tensor of a response."""
+    tensor = Tensor(data, dtype, shape)
+    return tensor.numpy() if arrays else tensor
 
 
 def size_bytes(dtype: str, shape: Iterable[int]) -> int:
@@ -174,12 +191,17 @@ def _from_numpy(name: str, value: Any) -> Tensor:  # numpy.ndarray or a numpy sc
     import numpy
 
     array: Any = numpy.asarray(value)
+    known = _known_dtypes.get(array.dtype)
+    if known is not None and array.flags.c_contiguous and array.size:
+        return Tensor(memoryview(array).cast("B"), known, array.shape)
     if array.dtype.name not in v1.DTYPES:
         raise InvalidArgumentError(
             f"input {name!r} has the numpy type {array.dtype.name}", fix=f"convert it to one of {', '.join(v1.DTYPES)}"
         )
     # Copies only what is not already contiguous and little-endian. ascontiguousarray alone would make () into (1,).
     shape = array.shape
+    if array.dtype == array.dtype.newbyteorder("<"):
+        _known_dtypes[array.dtype] = array.dtype.name
     array = numpy.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     return Tensor(memoryview(array).cast("B") if array.size else b"", array.dtype.name, shape)
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from remora.client import inference
-from remora.client.inference import Inference
+from remora.client.inference import InferAnswer, Inference
 from remora.client.region import Region
 from remora.client.tensors import Tensor
 from remora.errors import DeadlineExceededError, InvalidArgumentError, ProtocolError, UnavailableError
 from remora.wire import remora_v1 as v1
+from remora.wire.protobuf import Message
 
 BIG = Tensor(bytes(64 << 10), "uint8")
 
@@ -29,6 +30,12 @@ def _no_sizes() -> Iterator[None]:
     inference._output_sizes.clear()
     yield
     inference._output_sizes.clear()
+
+
+def sent(request: Inference, region: Region | None) -> v1.InferRequest:
+    """Return what the agent gets."""
+    body = request.body(region)
+    return v1.InferRequest.decode(body.to_bytes() if isinstance(body, Message) else b"".join(body))
 
 
 def is_free(region: Region) -> bool:
@@ -53,13 +60,13 @@ def test_a_small_request_needs_no_memory() -> None:
 
 
 def test_tensors_are_in_the_message_where_there_is_no_region() -> None:
-    message = Inference("m", {"x": BIG}, ["y"], 1).body(None)
+    message = sent(Inference("m", {"x": BIG}, ["y"], 1), None)
     assert (message.region, bytes(message.inputs[0].data), message.outputs) == (0, bytes(64 << 10), ["y"])
 
 
 def test_the_place_for_outputs_is_known_from_the_answer_before(region: Region) -> None:
-    assert Inference("m", {"x": BIG}, None, 1).body(region).output_bytes == 0
-    message = taught().body(region)
+    assert sent(Inference("m", {"x": BIG}, None, 1), region).output_bytes == 0
+    message = sent(taught(), region)
     assert (message.region, message.output_bytes) == (1, 64 << 10)
 
 
@@ -89,7 +96,7 @@ def test_an_answer_that_says_no_gives_everything_back(region: Region) -> None:
 
 def test_a_result_gives_its_memory_back_with_its_last_view(region: Region) -> None:
     request = taught()
-    message = request.body(region)
+    message = sent(request, region)
     region.memory[message.output_offset] = 7
     output = v1.Tensor(name="y", dtype="uint8", shape=[64 << 10], offset=message.output_offset)
     found = request.answered(answer(outputs=[output], region=1), None)["y"]
@@ -108,7 +115,7 @@ def test_an_answer_in_a_place_that_was_not_offered_is_refused(
     region: Region, offset: int, shape: list[int], number: int
 ) -> None:
     request = taught()
-    assert request.body(region).output_offset == 65536
+    assert sent(request, region).output_offset == 65536
     with pytest.raises(ProtocolError):
         request.answered(
             answer(outputs=[v1.Tensor(name="y", dtype="uint8", shape=shape, offset=offset)], region=number), None
@@ -117,4 +124,34 @@ def test_an_answer_in_a_place_that_was_not_offered_is_refused(
 
 def test_a_full_region_means_a_message(region: Region) -> None:
     assert is_free(region)  # and taken by that
-    assert taught().body(region).region == 0
+    assert sent(taught(), region).region == 0
+
+
+def test_the_id_comes_last_so_that_the_agent_knows_the_rest_by_its_bytes(region: Region) -> None:
+    first, second = taught(), taught()
+    bodies = []
+    for request, number in ((first, 1 << 63), (second, (1 << 63) + 5)):
+        request.request_id = number
+        bodies.append(b"".join(request.body(region)))  # type: ignore[arg-type]  # pieces, as there is a region
+        request.failed(InvalidArgumentError("no"))
+        assert v1.InferRequest.decode(bodies[-1]).request_id == number
+    assert bodies[0][:-11] == bodies[1][:-11]
+
+
+def test_an_answer_is_known_by_its_bytes_whatever_its_timing() -> None:
+    outputs = [v1.Tensor(name="y", dtype="uint8", shape=[64], offset=128)]
+    head = v1.InferResponse(outputs=outputs, region=1).to_bytes()
+    found = []
+    for timing in (v1.Timing(queue_us=3, run_us=70000), v1.Timing(), v1.Timing(run_us=9)):
+        data = head + v1.InferResponse(timing=timing).to_bytes()
+        found.append(InferAnswer.decode(data))
+        assert (found[-1].region, found[-1].outputs) == (1, outputs)
+        assert v1.InferResponse.decode(data).timing == timing
+    assert found[1] is found[2]
+
+
+def test_an_answer_in_the_message_is_never_another_calls() -> None:
+    for value in (b"1", b"2"):
+        outputs = [v1.Tensor(name="y", dtype="uint8", shape=[1], data=value)]
+        message = v1.InferResponse(outputs=outputs, timing=v1.Timing(run_us=3))
+        assert bytes(InferAnswer.decode(message.to_bytes()).outputs[0].data) == value
