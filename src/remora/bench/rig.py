@@ -27,11 +27,12 @@ class Rig:
 
 
 @contextmanager
-def agent(config: str | None = None) -> Iterator[Rig]:
+def agent(config: str | None = None, models: Path | None = None) -> Iterator[Rig]:
     """Run an agent on a Unix socket in a temporary directory.
 
     Args:
         config: text of its configuration file.
+        models: its catalogue; the machine's own unless given.
 
     Raises:
         UnavailableError: it ended before it listened; the message has the end of its log.
@@ -45,6 +46,8 @@ def agent(config: str | None = None) -> Iterator[Rig]:
         if config is not None:
             (directory / "agent.toml").write_text(config)
             command += ["--config", f"{directory}/agent.toml"]
+        if models is not None:
+            command += ["--models", str(models)]
         ready_r, ready_w = os.pipe()
         with log.open("wb") as output:
             process = subprocess.Popen(
