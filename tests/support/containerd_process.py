@@ -16,7 +16,7 @@ from types import TracebackType
 
 from container_images import busybox_layer, file_layer, write_archive
 from cri_client import Cri, CriError
-from cri_v1 import Empty
+from cri_v1 import Empty, SandboxList
 from remora.sandboxes.leftovers import find_leftovers
 from remora.shim import launcher
 
@@ -53,6 +53,42 @@ state = "{base}/state"
         TypeUrl = "remora/config"
         ConfigPath = "{base}/runtime.toml"
 """
+#: The same for containerd 2.
+_CONFIG_2 = """\
+version = 3
+root = "{base}/root"
+state = "{base}/state"
+[grpc]
+  address = "{base}/c.sock"
+[ttrpc]
+  address = "{base}/c.sock.ttrpc"
+[debug]
+  level = "debug"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{base}/opt"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "overlayfs"
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = "localhost/remora/pause:1"
+[plugins."io.containerd.cri.v1.runtime"]
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["/usr/lib/cni"]
+    conf_dir = "{base}/cni"
+  [plugins."io.containerd.cri.v1.runtime".containerd]
+    default_runtime_name = "remora"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.remora]
+      runtime_type = "io.containerd.remora.v2"
+      pod_annotations = ["io.remora.*"]
+      container_annotations = ["io.remora.*"]
+      privileged_without_host_devices = true
+      [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.remora.options]
+        TypeUrl = "remora/config"
+        ConfigPath = "{base}/runtime.toml"
+"""
 _CNI = """\
 {{"cniVersion": "1.0.0", "name": "{bridge}", "plugins": [
   {{"type": "bridge", "bridge": "{bridge}", "isGateway": true, "ipMasq": false,
@@ -68,6 +104,8 @@ boot_timeout = "60s"
 NAMESPACE = "k8s.io"
 BUSYBOX = "localhost/remora/busybox:1"
 READY_S = 30.0
+#: Another containerd than Debian's 1.6, for the same tests: the path of its binary.
+BINARY = os.environ.get("REMORA_TEST_CONTAINERD", "containerd")
 
 
 def missing() -> list[str]:
@@ -93,7 +131,8 @@ class Containerd:
         self._cri: Cri | None = None
         for name in ("bin", "cni", "logs"):
             (self.base / name).mkdir()
-        (self.base / "config.toml").write_text(_CONFIG.format(base=self.base))
+        config = _CONFIG_2 if self.version.startswith("2.") else _CONFIG
+        (self.base / "config.toml").write_text(config.format(base=self.base))
         (self.base / "runtime.toml").write_text(_RUNTIME)
         cni = _CNI.format(base=self.base, bridge=self.bridge, subnet=self.subnet)
         (self.base / "cni" / "10-test.conflist").write_text(cni)
@@ -112,6 +151,12 @@ class Containerd:
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def version(self) -> str:
+        """Return the version of the containerd that is run: `1.6.20~ds1`, `2.1.4`."""
+        done = subprocess.run([BINARY, "--version"], capture_output=True, text=True, check=True)
+        return done.stdout.split()[2].removeprefix("v")
 
     @property
     def pid(self) -> int:
@@ -137,7 +182,7 @@ class Containerd:
         }
         with (self.base / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                ["containerd", "-c", str(self.base / "config.toml")],
+                [BINARY, "-c", str(self.base / "config.toml")],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -162,15 +207,20 @@ class Containerd:
             return False  # it still looks for the pods of its last life
         return True
 
-    def kill(self, signum: int = signal.SIGKILL) -> None:
-        """End containerd alone; shims and microVMs go on."""
-        if self._cri is not None:
+    def kill(self, signum: int = signal.SIGKILL, *, keep_client: bool = False) -> None:
+        """End containerd alone; shims and microVMs go on. `keep_client`: a call of another thread is under way."""
+        if self._cri is not None and not keep_client:
             self._cri.close()
             self._cri = None
         if self._process is not None:
             self._process.send_signal(signum)
             self._process.wait(30)
             self._process = None
+
+    def sandboxes(self, name: str) -> list[str]:
+        """Return the ids of the pods of that name."""
+        answer = self.cri.call("ListPodSandbox", Empty(), SandboxList)
+        return [one.id for one in answer.items if one.metadata is not None and one.metadata.name == name]
 
     def argv(self, *arguments: str, namespace: str = NAMESPACE) -> list[str]:
         return ["ctr", "-a", str(self.base / "c.sock"), "-n", namespace, *arguments]

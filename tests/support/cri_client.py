@@ -84,7 +84,7 @@ class Cri:
 class Pod:
     """A pod; `with` removes it at the end."""
 
-    def __init__(self, client: Cri, sandbox: str, config: cri.SandboxConfig) -> None:
+    def __init__(self, client: Cri, sandbox: str, config: cri.SandboxConfig | None = None) -> None:
         self.cri = client
         self.id = sandbox
         self.config = config

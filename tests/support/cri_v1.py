@@ -96,6 +96,15 @@ class SandboxStatusResponse(Message):
     status: SandboxStatus | None = message(1, SandboxStatus)
 
 
+class Sandbox(Message):
+    id: str = string(1)
+    metadata: SandboxMetadata | None = message(2, SandboxMetadata)
+
+
+class SandboxList(Message):
+    items: list[Sandbox] = message(1, Sandbox, repeated=True)
+
+
 class ContainerMetadata(Message):
     name: str = string(1)
     attempt: int = uint32(2)

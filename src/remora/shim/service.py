@@ -236,10 +236,9 @@ class TaskService:
 
     def _pids(self, request: c.ProcessRequest) -> c.PidsResponse:
         task = self._task(request.id)
-        if not task.process.runs:
-            return c.PidsResponse()
+        # Never none: a containerd that restarts takes a task without processes for one that was never created.
         pids = [task.process.pid]
-        if task.in_guest:
+        if task.in_guest and task.process.runs:
             pids = list(self.pod.vm.pod("Pids", v1.ContainerRequest(id=task.id), 3.0).pids) or pids
         return c.PidsResponse(processes=[c.ProcessInfo(pid=pid) for pid in pids])
 

@@ -76,6 +76,6 @@ def test_a_detached_container_is_executed_in_measured_paused_and_killed(containe
     deadline_s = time.monotonic() + 20
     while state() != "STOPPED":
         assert time.monotonic() < deadline_s
-    assert containerd.ctr("tasks", "rm", sleeper).returncode == 5
+    assert b"non-zero exit code 5" in containerd.ctr("tasks", "rm", sleeper).stderr
     assert containerd.ctr("containers", "rm", sleeper).returncode == 0
     assert not list(containerd.runtime.glob("s/*"))
