@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from remora.client.session import Session as Session
     from remora.client.session import connect as connect
     from remora.client.tensors import Tensor as Tensor
+    from remora.client.values import Detection as Detection
+    from remora.client.values import Keypoint as Keypoint
     from remora.client.values import Label as Label
     from remora.client.values import ModelInfo as ModelInfo
+    from remora.client.values import Segmentation as Segmentation
     from remora.client.values import TensorSpec as TensorSpec
     from remora.errors import AbortedError as AbortedError
     from remora.errors import AlreadyExistsError as AlreadyExistsError
@@ -50,6 +53,9 @@ _HOMES = {
     "AsyncModel": ("remora.client.aio", "AsyncModel"),
     "ready": ("remora.client.ready", "ready"),
     "Tensor": ("remora.client.tensors", "Tensor"),
+    "Detection": ("remora.client.values", "Detection"),
+    "Keypoint": ("remora.client.values", "Keypoint"),
+    "Segmentation": ("remora.client.values", "Segmentation"),
     "Label": ("remora.client.values", "Label"),
     "ModelInfo": ("remora.client.values", "ModelInfo"),
     "TensorSpec": ("remora.client.values", "TensorSpec"),

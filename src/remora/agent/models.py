@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +27,14 @@ from remora.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     RemoraError,
     UnimplementedError,
 )
-from remora.workers.contract import SHARED, ModelSource, ModelSpec, Workers
+from remora.workers.contract import SHARED, ModelSource, ModelSpec, TensorSpec, Workers
 
-FORMATS = ("onnx",)
+TORCHSCRIPT = "torchscript"
+FORMATS = ("onnx", "tflite", TORCHSCRIPT)
 
 SpecDone = Callable[[ModelSpec | RemoraError], None]
 
@@ -43,33 +46,39 @@ def recognise(path: Path) -> str:
 
     Raises:
         InvalidArgumentError: the file is no model.
-        UnimplementedError: it is of a format whose backend is an extra that is not installed; names it.
     """
     with path.open("rb") as stream:
         head = stream.read(8)
     if head[:4] == b"PK\x03\x04":
-        raise _no_backend("TorchScript (a zip archive)", "torch")
+        return TORCHSCRIPT
     if head[4:8] == b"TFL3":
-        raise _no_backend("TensorFlow Lite", "tflite")
-    found = ""
+        return "tflite"
     if head[:4] in (b"\x7fELF", b"\x89PNG") or head[:3] in (b"\xff\xd8\xff", b"\x1f\x8b\x08"):
-        found = "no model"
-    if found:
-        raise InvalidArgumentError(f"the model file is {found}", fix=f"give one of the formats {', '.join(FORMATS)}")
+        raise InvalidArgumentError("the model file is no model", fix=f"give one of the formats {', '.join(FORMATS)}")
     return "onnx"
 
 
-def _no_backend(name: str, extra: str) -> RemoraError:
-    return UnimplementedError(
-        f"the model is {name}, and this node has no backend for it: remora[{extra}] is missing",
-        fix=f"export the model to ONNX, which every operation here takes, or ask the operator for remora[{extra}]",
-    )
+def _check_program(source: ModelSource, terms: Terms) -> None:
+    """Refuse a file that is a program unless policy lets the tenant run it as it would a library."""
+    if source.format != TORCHSCRIPT:
+        return
+    if not terms.values["exec"]:
+        raise PermissionDeniedError(
+            f"the model is TorchScript, which is a program, and none of this tenant's is run ({terms.rule('exec')})",
+            fix="export the model to ONNX, or ask the operator for exec = true, or for a manifest in the catalogue",
+        )
+    terms.check("libraries", source.digest)
 
 
 def _as_declared(source: ModelSource, outcome: ModelSpec | RemoraError) -> ModelSpec | RemoraError:
-    """Return the outcome of a load, or what is wrong with the manifest: guests relied on what it declares."""
+    """Return the outcome of a load, or what is wrong with the manifest: guests relied on what it declares.
+
+    Types and sizes that the file does not say (TorchScript's) are the declared ones.
+    """
     if isinstance(outcome, RemoraError):
         return outcome
+    inputs, outputs = _filled(outcome.inputs, source.inputs), _filled(outcome.outputs, source.outputs)
+    outcome = replace(outcome, inputs=inputs, outputs=outputs)
     for kind, declared, real in (
         ("inputs", source.inputs, outcome.inputs),
         ("outputs", source.outputs, outcome.outputs),
@@ -81,6 +90,11 @@ def _as_declared(source: ModelSource, outcome: ModelSpec | RemoraError) -> Model
                 fix=f"correct [[{kind}]] in its manifest: {found}",
             )
     return outcome
+
+
+def _filled(real: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    known = {spec.name: spec for spec in declared}
+    return tuple(spec if spec.dtype else known.get(spec.name, spec) for spec in real)
 
 
 class Models:
@@ -199,7 +213,7 @@ class Models:
             self._load_catalogue(key, entry)
         else:
             chosen = model_format or (session.models or {}).get(model, "")
-            self._load_upload(key, chosen)
+            self._load_upload(key, chosen, self.terms(session))
 
     def _load_catalogue(self, key: tuple[str, str], entry: CatalogueEntry) -> None:
         source = entry.source
@@ -218,7 +232,7 @@ class Models:
         except RemoraError as error:
             self._answer(key, error)
 
-    def _load_upload(self, key: tuple[str, str], model_format: str) -> None:
+    def _load_upload(self, key: tuple[str, str], model_format: str, terms: Terms) -> None:
         tenant, digest = key
 
         def opened(path: Path | RemoraError) -> None:
@@ -227,6 +241,7 @@ class Models:
                 return
             try:
                 source = ModelSource(digest, digest, path, model_format or recognise(path))
+                _check_program(source, terms)
             except RemoraError as error:
                 self._answer(key, error)
                 return

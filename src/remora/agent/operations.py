@@ -12,28 +12,29 @@ from dataclasses import dataclass, field, replace
 
 from remora.errors import InvalidArgumentError
 from remora.wire.remora_v1 import DTYPES, SHARE_ALIGN
-from remora.workers.contract import Region, TensorSpec, TensorView
+from remora.workers.contract import PICTURES, Region, TensorSpec, TensorView
 
 MAX_TENSORS = 256
 MAX_RANK = 16
 MAX_NAME = 256
+#: Labels, objects or points of one answer.
 MAX_TOP = 1000
+DEFAULT_LABELS = 5
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MODEL = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.:/@-]{0,255}")
 
 INFER = "infer"
-CLASSIFY = "classify"
 #: Arithmetic without a model (`agent.compute`), for vAccel's callers.
 COMPUTE = "compute"
 #: A function of a library that the tenant uploaded (`agent.libraries`), for vAccel's callers.
 EXEC = "exec"
 #: Every operation the agent offers, as `Hello` announces them.
-NAMES = (CLASSIFY, INFER)
+NAMES = tuple(sorted((*PICTURES, INFER)))
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One request for a worker, valid by construction (see `infer`, `classify`, `execute` and `agent.compute`)."""
+    """One request for a worker, valid by construction (see `infer`, `picture`, `execute` and `agent.compute`)."""
 
     name: str
     model: str
@@ -176,18 +177,22 @@ def check_tensor_count(count: int) -> None:
         raise InvalidArgumentError(f"{count} input tensors were sent, at most {MAX_TENSORS} are allowed")
 
 
-def classify(
-    model: str, image: bytes | memoryview, top: int, *, deadline_s: float | None, request_id: int = 0
+def picture(
+    name: str, model: str, image: bytes | memoryview, top: int, *, deadline_s: float | None, request_id: int = 0
 ) -> Operation:
-    """Return a checked operation that classifies one encoded picture."""
+    """Return a checked operation on one encoded picture.
+
+    Args:
+        name: A key of `workers.contract.PICTURES`.
+        top: How many labels, objects or points are wanted at most; 0 for 5 labels, or all of the others.
+    """
     if not len(image):
-        raise InvalidArgumentError("classify has no picture", fix="send the bytes of a JPEG, PNG, WebP, GIF or BMP")
+        raise InvalidArgumentError(f"{name} has no picture", fix="send the bytes of a JPEG, PNG, WebP, GIF or BMP")
     if top > MAX_TOP:
-        raise InvalidArgumentError(f"classify asks for {top} labels, at most {MAX_TOP} are allowed")
+        raise InvalidArgumentError(f"{name} asks for {top} labels, at most {MAX_TOP} are allowed")
     view = image if isinstance(image, memoryview) else memoryview(image)
-    return Operation(
-        CLASSIFY, check_model(model), image=view, top=top or 5, deadline_s=deadline_s, request_id=request_id
-    )
+    most = top or (DEFAULT_LABELS if name == "classify" else MAX_TOP)
+    return Operation(name, check_model(model), image=view, top=most, deadline_s=deadline_s, request_id=request_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Spec:
-    """One input or output: numpy's dtype name, and -1 in the shape where any size is accepted."""
+    """One input or output: numpy's dtype name, and -1 in the shape where any size is accepted.
+
+    An empty dtype stands for any type and any shape, where a model's file does not say.
+    """
 
     name: str
     dtype: str

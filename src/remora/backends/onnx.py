@@ -23,6 +23,7 @@ import onnxruntime as ort
 
 from remora.backends.contract import Array, Exposure, Limits, Spec, Stop
 from remora.backends.onnx_exposure import exposure
+from remora.backends.signature import Signature
 from remora.errors import CancelledError, InvalidArgumentError, RemoraError, ResourceExhaustedError
 
 #: Operator sets whose kernels ship with ONNX Runtime and do nothing but compute.
@@ -170,33 +171,10 @@ class OnnxModel:
         self.outputs = tuple(_spec(value) for value in session.get_outputs())
         # Symbolic dimensions ("N") that inputs and outputs share make most output shapes known before the run.
         self._symbols = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
-        self._input = {spec.name: spec for spec in self.inputs}
-        self._output = {spec.name: spec for spec in self.outputs}
-        self._all = tuple(self._output)
+        self._signature = Signature(self.inputs, self.outputs)
 
     def check(self, feeds: Mapping[str, Array], wanted: Sequence[str]) -> tuple[str, ...]:
-        for spec in self.inputs:
-            array = feeds.get(spec.name)
-            if array is None:
-                raise InvalidArgumentError(
-                    f"input {spec.name!r} is missing", fix=f"the model wants {_describe(self.inputs)}"
-                )
-            if array.dtype.name != spec.dtype or not _fits(array.shape, spec.shape):
-                raise InvalidArgumentError(
-                    f"input {spec.name!r} is {array.dtype.name}{list(array.shape)}",
-                    fix=f"the model wants {_describe((spec,))}",
-                )
-        if len(feeds) > len(self.inputs):
-            unknown = ", ".join(sorted(set(feeds) - set(self._input)))
-            raise InvalidArgumentError(
-                f"the model has no input named {unknown}", fix=f"it wants {_describe(self.inputs)}"
-            )
-        for name in wanted:
-            if name not in self._output:
-                raise InvalidArgumentError(
-                    f"the model has no output named {name!r}", fix=f"it has {_describe(self.outputs)}"
-                )
-        return tuple(wanted) or self._all
+        return self._signature.check(feeds, wanted)
 
     def plan(self, feeds: Mapping[str, Array], wanted: Sequence[str]) -> tuple[Spec, ...] | None:
         sizes: dict[str, int] = {}
@@ -209,7 +187,7 @@ class OnnxModel:
             shape = tuple(sizes.get(dim, -1) if isinstance(dim, str) else dim for dim in self._symbols[name])
             if any(not isinstance(dim, int) or dim < 0 for dim in shape):
                 return None
-            planned.append(Spec(name, self._output[name].dtype, shape))
+            planned.append(Spec(name, self._signature.output[name].dtype, shape))
         return tuple(planned)
 
     def run(
@@ -255,17 +233,6 @@ def _spec(value: Any) -> Spec:
             f"{value.name!r} has type {value.type}; allowed are {', '.join(sorted(_DTYPES.values()))} tensors"
         )
     return Spec(value.name, dtype, tuple(dim if isinstance(dim, int) and dim >= 0 else -1 for dim in value.shape))
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    return len(shape) == len(wanted) and all(want in (-1, size) for size, want in zip(shape, wanted, strict=True))
-
-
-def _describe(specs: Sequence[Spec]) -> str:
-    return ", ".join(
-        f"{spec.name}: {spec.dtype}[{', '.join('any' if dim < 0 else str(dim) for dim in spec.shape)}]"
-        for spec in specs
-    )
 
 
 class OnnxBackend:

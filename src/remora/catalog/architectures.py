@@ -17,11 +17,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from remora.catalog.graphs import Array, serialize
 from remora.errors import InvalidArgumentError
-
-OPSET = 17
-IR_VERSION = 8
-Array = np.ndarray[Any, np.dtype[Any]]
 
 #: repeats, kernel, stride of the first block, expansion, channels out
 _EFFICIENTNET_LITE0 = (
@@ -117,7 +114,7 @@ class _Graph:
             ],
             self.tensors,
         )
-        return _serialize(graph)
+        return serialize(graph)
 
     def _pads(self, kernel: int, stride: int) -> list[int]:
         if not self._same:
@@ -134,13 +131,6 @@ class _Graph:
     def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:  # ONNX attribute values
         self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{kind}_{len(self.nodes)}", **attributes))
         return output
-
-
-def _serialize(graph: onnx.GraphProto) -> bytes:
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="remora")
-    model.ir_version = IR_VERSION
-    onnx.checker.check_model(model)
-    return bytes(model.SerializeToString(deterministic=True))
 
 
 def efficientnet_lite0(weights: Mapping[str, Array]) -> bytes:
@@ -196,7 +186,7 @@ def identity(_weights: Mapping[str, Array]) -> bytes:
         [value("input", onnx.TensorProto.FLOAT, dims)],
         [value("output", onnx.TensorProto.FLOAT, dims)],
     )
-    return _serialize(graph)
+    return serialize(graph)
 
 
 ARCHITECTURES = {"efficientnet-lite0": efficientnet_lite0, "mobilenet-v2": mobilenet_v2, "identity": identity}

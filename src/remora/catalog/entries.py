@@ -79,7 +79,7 @@ def load_entry(path: Path) -> CatalogEntry:
         task=manifest.task,
         manifest={
             "preprocess": manifest.preprocess,
-            "scores": manifest.scores,
+            **manifest.answer(),
             "labels": labels,
             "batching": manifest.batching,
         },

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from remora.backends.contract import Array, Limits, Stop
-from remora.backends.onnx import OnnxBackend
-from remora.backends.vision import Classifier, prepare
+from remora.backends.formats import backend_for
+from remora.backends.vision.classification import Classifier
+from remora.backends.vision.pictures import prepare
+from remora.backends.vision.tasks import picture_task
 from remora.catalog.entries import load_catalog, models_dir
 from remora.errors import InvalidArgumentError, NotFoundError
 from remora.workers.contract import LabelScore, ModelSource
@@ -21,11 +23,9 @@ class LocalModel:
 
     def __init__(self, source: ModelSource, *, device: str = "auto") -> None:
         self._limits = Limits()
-        self.model = OnnxBackend().load(source.path.read_bytes(), device, self._limits)
+        self.model = backend_for(source.format).load(source.path.read_bytes(), device, self._limits)
         self._labels: Sequence[str] = source.manifest.get("labels", ())
-        self._classifier = (
-            Classifier.from_manifest(self.model, source.manifest) if source.task == "classification" else None
-        )
+        self._pictures = picture_task(source.task, self.model, source.manifest, len(self._labels))
 
     @classmethod
     def from_catalog(cls, name: str, *, device: str = "auto") -> LocalModel:
@@ -41,7 +41,7 @@ class LocalModel:
 
     def classify(self, encoded: bytes | memoryview, top: int = 5) -> list[LabelScore]:
         """Return the best labels of an encoded picture, best first."""
-        ranked = self._need_classifier().classify(encoded, top, Stop(), self._limits)
+        ranked = self._need_classifier().find(encoded, top, Stop(), self._limits)
         return [LabelScore(index, self._labels[index], score) for index, score in ranked]
 
     def prepare(self, encoded: bytes | memoryview) -> Array:
@@ -54,6 +54,6 @@ class LocalModel:
         return dict(zip(wanted, self.model.run(feeds, wanted, Stop()), strict=True))
 
     def _need_classifier(self) -> Classifier:
-        if self._classifier is None:
+        if not isinstance(self._pictures, Classifier):
             raise InvalidArgumentError("this model does not classify pictures", fix="use infer")
-        return self._classifier
+        return self._pictures

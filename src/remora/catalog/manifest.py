@@ -15,15 +15,23 @@ from typing import Any
 
 from remora.errors import InvalidArgumentError, NotFoundError
 from remora.wire.remora_v1 import DTYPES
-from remora.workers.contract import TensorSpec
+from remora.workers.contract import PICTURES, TensorSpec
 
 FILE_NAME = "manifest.toml"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-TASKS = ("classification", "tensor")
-FORMATS = ("onnx",)
+TASKS = (*PICTURES.values(), "tensor")
+FORMATS = ("onnx", "tflite", "torchscript")
 _TEXT_KEYS = ("name", "task", "description", "licence", "format", "file", "sha256", "labels", "source")
-_TABLES = ("preprocess", "scores", "batching", "recipe")
+#: Of `TASKS`: the table that says what the model's answer means. All of them are for pictures.
+ANSWERS = {
+    "classification": "scores",
+    "detection": "boxes",
+    "segmentation": "map",
+    "pose": "points",
+    "depth": "map",
+}
+_TABLES = ("preprocess", *dict.fromkeys(ANSWERS.values()), "batching", "recipe")
 _TENSORS = ("inputs", "outputs")
 
 
@@ -40,12 +48,20 @@ class Manifest:
     labels: str = ""  # file with one label a line, beside the manifest
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
+    boxes: Mapping[str, Any] = field(default_factory=dict)
+    points: Mapping[str, Any] = field(default_factory=dict)
+    map: Mapping[str, Any] = field(default_factory=dict)
     #: How it is run, where the operator knows better than a measurement.
     batching: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     #: Declared, so that guests can ask before the model is loaded; compared with the model when it is.
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+
+    def answer(self) -> dict[str, Mapping[str, Any]]:
+        """Return the table that says what the model's answer means, by its name."""
+        name = ANSWERS.get(self.task)
+        return {name: getattr(self, name)} if name is not None else {}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -143,8 +159,20 @@ def _check(manifest: Manifest, where: str) -> None:
     if manifest.sha256 and not _SHA256.fullmatch(manifest.sha256):
         raise InvalidArgumentError(f"{where}: sha256 must be 64 hex digits")
     check_batching(manifest.batching, where)
-    if manifest.task == "classification" and not (manifest.preprocess and manifest.labels):
+    if manifest.task in ANSWERS and not manifest.preprocess:
         raise InvalidArgumentError(
-            f"{where}: a classification model needs [preprocess] and labels",
-            fix="add them, or use task = 'tensor'",
+            f"{where}: a {manifest.task} model needs [preprocess]", fix="add it, or use task = 'tensor'"
+        )
+    if manifest.task in ANSWERS and manifest.task != "depth" and not manifest.labels:
+        raise InvalidArgumentError(
+            f"{where}: a {manifest.task} model needs labels", fix="add them, or use task = 'tensor'"
+        )
+    for table in dict.fromkeys(ANSWERS.values()):
+        if getattr(manifest, table) and ANSWERS.get(manifest.task) != table:
+            own = f"has [{ANSWERS[manifest.task]}]" if manifest.task in ANSWERS else "has no such table"
+            raise InvalidArgumentError(f"{where}: [{table}] is not for {manifest.task}, which {own}")
+    if manifest.format == "torchscript" and not manifest.sha256:
+        raise InvalidArgumentError(
+            f"{where}: a TorchScript file is a program, so its manifest must pin it",
+            fix=f'write sha256 = "..." as sha256sum prints it for {manifest.file}',
         )

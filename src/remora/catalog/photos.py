@@ -1,11 +1,13 @@
-"""Twenty ImageNet photographs with their true classes, for the demo, the benchmark and the tests.
+"""Photographs for the demo, the benchmark and the tests: twenty with their ImageNet classes, and one of a person.
 
-They come out of a pinned package (foolbox, MIT) when they are needed: ImageNet's photographs are for research use, so
-they are never part of this repository. The class is the number at the end of each file's name.
+They come out of pinned packages when they are needed, and are never part of this repository: ImageNet's (foolbox, MIT)
+are for research use. The class is the number at the end of each file's name. The person (@vladmandic/human, MIT) is
+what that package tries its models with; its source holds the picture in base64.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import tempfile
 import zipfile
@@ -19,6 +21,12 @@ from remora.errors import DataLossError, FailedPreconditionError
 _PACKAGE = Package("foolbox==3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb")
 _MEMBERS = "foolbox/data/imagenet_"
 COUNT = 20
+_PERSON = Package(
+    "@vladmandic/human@3.3.6", "425e9c51dbbca0c8934362b170cb0d54c2529c11c654b3c03092b16e9d6ad3f7", npm=True
+)
+_PERSON_MEMBER = "package/src/sample.ts"
+_PERSON_SHA256 = "5e6e03412f8b1a653865c45a4ae9be7078a8adc4ccea46189db717c08d827145"
+_PERSON_BEGINS, _PERSON_ENDS = b"export const body = `", b"`"
 
 
 @dataclass(frozen=True)
@@ -60,14 +68,44 @@ def fetch_photos(directory: Path | None = None, report: Report = quiet) -> list[
                 part.write_bytes(read_member(wheel, member))
                 os.replace(part, directory / member.removeprefix(_MEMBERS))
     except OSError as error:
-        raise FailedPreconditionError(
-            f"cannot write to {directory}: {error.strerror or error}",
-            fix="free space, or set REMORA_STATE_DIR to a directory that you may write",
-        ) from error
+        raise _cannot_write(directory, error) from error
     found = _present(directory)
     if len(found) != COUNT:
         raise DataLossError(f"{_PACKAGE.requirement} has {len(found)} photographs, expected are {COUNT}")
     return found
+
+
+def fetch_person(directory: Path | None = None, report: Report = quiet) -> Path:
+    """Return the photograph of a whole person, 1200x1200, downloading it if it is not there.
+
+    Raises:
+        FailedPreconditionError: npm is not installed, or the directory cannot be written.
+        UnavailableError: the download failed.
+        DataLossError: the package is not the pinned one.
+    """
+    place = (directory or photos_dir()) / "person.jpg"
+    if place.exists():
+        return place
+    report("download")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".photos-", dir=place.parent) as scratch:
+            (package,) = fetch([_PERSON], Path(scratch))
+            source = read_member(package, _PERSON_MEMBER, _PERSON_SHA256)
+            begin = source.index(_PERSON_BEGINS) + len(_PERSON_BEGINS)
+            part = Path(scratch) / "part"
+            part.write_bytes(base64.b64decode(source[begin : source.index(_PERSON_ENDS, begin)]))
+            os.replace(part, place)
+    except OSError as error:
+        raise _cannot_write(place.parent, error) from error
+    return place
+
+
+def _cannot_write(directory: Path, error: OSError) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"cannot write to {directory}: {error.strerror or error}",
+        fix="free space, or set REMORA_STATE_DIR to a directory that you may write",
+    )
 
 
 def _present(directory: Path) -> list[Photo]:

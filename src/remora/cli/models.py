@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace, directory: Path | None) -> int:
     from remora.catalog import build as builder
-    from remora.catalog.photos import fetch_photos
+    from remora.catalog.packages import npm_is_missing
+    from remora.catalog.photos import fetch_person, fetch_photos
     from remora.errors import InvalidArgumentError
 
     if args.all and args.names:
@@ -63,6 +64,10 @@ def _build(args: argparse.Namespace, directory: Path | None) -> int:
         builder.recipe(name)  # an unknown name fails before anything is built
     for name in names:
         there = builder.is_built(name, directory)
+        tool = "" if there else builder.missing_tool(name)
+        if tool and not args.names:
+            print(f"{name}: left out, building it needs {tool}, which is not installed", file=sys.stderr)
+            continue
         with _Progress(name) as progress:
             entry = builder.build(name, directory, progress.step)
         print(f"{name}: {'is there' if there else 'built'}, {entry.info.size_bytes / 1e6:.1f} MB, {entry.source.path}")
@@ -70,6 +75,12 @@ def _build(args: argparse.Namespace, directory: Path | None) -> int:
         with _Progress("photos") as progress:
             photos = fetch_photos(report=progress.step)
         print(f"photos: {len(photos)} in {photos[0].path.parent}")
+        if npm_is_missing():
+            print("photo of a person: left out, getting it needs npm, which is not installed", file=sys.stderr)
+        else:
+            with _Progress("photo of a person") as progress:
+                person = fetch_person(report=progress.step)
+            print(f"photo of a person: {person}")
     return 0
 
 
@@ -160,7 +171,7 @@ def _show(name: str, directory: Path | None) -> int:
     for key, specs in (("inputs", entry.source.inputs), ("outputs", entry.source.outputs)):
         facts[key] = [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
     facts["preprocess"] = dict(entry.manifest.preprocess)
-    facts["scores"] = dict(entry.manifest.scores)
+    facts.update({name: dict(table) for name, table in entry.manifest.answer().items()})
     facts["labels"] = len(entry.labels)
     print(json.dumps(facts, indent=2))
     return 0

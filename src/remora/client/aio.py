@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Awaitable, Callable, Dict, Generator, List, Mapping, Optional, Sequence, TypeVar
 
-    from remora.client.values import Label, ModelInfo, TensorSpec
+    from remora.client.values import Detection, Keypoint, Label, ModelInfo, Segmentation, TensorSpec
     from remora.wire.ttrpc.core import Metadata
 
     Answer = TypeVar("Answer")
@@ -122,13 +122,56 @@ class AsyncSession:
     ) -> List[Label]:
         """Return the best labels of a picture, best first; see `remora.Session.classify`."""
         name = calls.model_name(model)
-        request = calls.classify_request(image, name, top, calls.new_request_id())
-        trace = tracing.metadata(traceparent)
-        self._link.continuity.check_size(request.byte_size(), "Classify")
-        answer = await self._using(
-            name, lambda left_s: self._call("Classify", request, v1.ClassifyResponse, left_s, trace), deadline
+        request = calls.classify_request(image, name, top)
+        return calls.labels(await self._picture("Classify", request, v1.ClassifyResponse, deadline, traceparent))
+
+    async def detect(
+        self,
+        image: Any,
+        model: Any = None,
+        top: Optional[int] = None,
+        deadline: Optional[float] = None,
+        *,
+        traceparent: Optional[str] = None,
+    ) -> List[Detection]:
+        """Return the objects in a picture, best first; see `remora.Session.detect`."""
+        request = calls.picture_request(image, model, top)
+        return calls.objects(await self._picture("Detect", request, v1.DetectResponse, deadline, traceparent))
+
+    async def pose(
+        self, image: Any, model: Any = None, deadline: Optional[float] = None, *, traceparent: Optional[str] = None
+    ) -> List[Keypoint]:
+        """Return the points of the body of the person in a picture; see `remora.Session.pose`."""
+        request = calls.picture_request(image, model)
+        return calls.keypoints(await self._picture("Pose", request, v1.PoseResponse, deadline, traceparent))
+
+    async def segment(
+        self,
+        image: Any,
+        model: Any = None,
+        deadline: Optional[float] = None,
+        *,
+        arrays: bool = False,
+        traceparent: Optional[str] = None,
+    ) -> Segmentation:
+        """Return which label each place of a picture has; see `remora.Session.segment`."""
+        request = calls.picture_request(image, model)
+        return calls.segmentation(
+            await self._picture("Segment", request, v1.MapResponse, deadline, traceparent), arrays
         )
-        return calls.labels(answer)
+
+    async def depth(
+        self,
+        image: Any,
+        model: Any = None,
+        deadline: Optional[float] = None,
+        *,
+        arrays: bool = False,
+        traceparent: Optional[str] = None,
+    ) -> Any:
+        """Return the depth of each place of a picture; see `remora.Session.depth`."""
+        request = calls.picture_request(image, model)
+        return calls.depth_map(await self._picture("Depth", request, v1.MapResponse, deadline, traceparent), arrays)
 
     async def infer(
         self,
@@ -179,6 +222,15 @@ class AsyncSession:
         self._loaded.clear()
 
     # -- what calls have in common ------------------------------------------------------------------------------------
+
+    async def _picture(
+        self, method: str, request: Any, response: Any, deadline: Optional[float], traceparent: Optional[str]
+    ) -> Any:
+        trace = tracing.metadata(traceparent)
+        self._link.continuity.check_size(request.byte_size(), method)
+        return await self._using(
+            request.model, lambda left_s: self._call(method, request, response, left_s, trace), deadline
+        )
 
     async def _call(
         self, method: str, request: Any, response: Any, timeout_s: float, metadata: Optional[Metadata] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from remora.client import values
+from remora.client import tensors, values
 from remora.client.source import Source, read_picture
 from remora.errors import InvalidArgumentError, RemoraError
 from remora.wire import remora_v1 as v1
@@ -59,14 +59,43 @@ def limit(deadline: Optional[float], default_s: float) -> float:
     return float(deadline)
 
 
-def classify_request(image: Any, model: str, top: int, request_id: int) -> v1.ClassifyRequest:
+def classify_request(image: Any, model: str, top: int) -> v1.ClassifyRequest:
+    return v1.ClassifyRequest(
+        model=model, image=read_picture(image), top=_most(top, "labels"), request_id=new_request_id()
+    )
+
+
+def picture_request(image: Any, model: Any, top: Optional[int] = None) -> v1.PictureRequest:
+    """Return the request of an operation on a picture; `model` None or empty for the catalogue's first."""
+    name = model_name(model) if model else ""
+    most = 0 if top is None else _most(top, "objects")
+    return v1.PictureRequest(model=name, image=read_picture(image), top=most, request_id=new_request_id())
+
+
+def _most(top: int, what: str) -> int:
     if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= 0xFFFFFFFF:
-        raise InvalidArgumentError(f"top={top!r}: it is how many labels are wanted, and must be 1 or more")
-    return v1.ClassifyRequest(model=model, image=read_picture(image), top=top, request_id=request_id)
+        raise InvalidArgumentError(f"top={top!r}: it is how many {what} are wanted, and must be 1 or more")
+    return top
 
 
 def labels(answer: v1.ClassifyResponse) -> List[values.Label]:
     return [values.label(message) for message in answer.labels]
+
+
+def objects(answer: v1.DetectResponse) -> List[values.Detection]:
+    return [values.detection(message) for message in answer.objects]
+
+
+def keypoints(answer: v1.PoseResponse) -> List[values.Keypoint]:
+    return [values.keypoint(message) for message in answer.keypoints]
+
+
+def segmentation(answer: v1.MapResponse, arrays: bool) -> values.Segmentation:
+    return values.Segmentation(tuple(answer.labels), depth_map(answer, arrays))
+
+
+def depth_map(answer: v1.MapResponse, arrays: bool) -> Any:  # Tensor, or numpy.ndarray
+    return tensors.from_wire([answer.map or v1.Tensor()], arrays=arrays).popitem()[1]
 
 
 def models(answer: v1.ModelsResponse) -> List[values.ModelInfo]:

@@ -16,7 +16,7 @@ from remora.client.continuity import Continuity
 from remora.client.inference import Inference
 from remora.client.link import Link
 from remora.client.source import Source
-from remora.client.values import Label, ModelInfo, TensorSpec
+from remora.client.values import Detection, Keypoint, Label, ModelInfo, Segmentation, TensorSpec
 from remora.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from remora.wire import remora_v1 as v1
 
@@ -122,14 +122,69 @@ class Session:
             NotFoundError: no such model, or no such file.
         """
         name = calls.model_name(model)
-        request = calls.classify_request(image, name, top, calls.new_request_id())
-        trace = tracing.metadata(traceparent)
-        self._link.continuity.check_size(request.byte_size(), "Classify")
-        return calls.labels(
-            self._using(
-                name, lambda left_s: self._call("Classify", request, v1.ClassifyResponse, left_s, trace), deadline
-            )
-        )
+        request = calls.classify_request(image, name, top)
+        return calls.labels(self._picture("Classify", request, v1.ClassifyResponse, deadline, traceparent))
+
+    def detect(
+        self,
+        image: Any,
+        model: Any = None,
+        top: Optional[int] = None,
+        deadline: Optional[float] = None,
+        *,
+        traceparent: Optional[str] = None,
+    ) -> List[Detection]:
+        """Return the objects in a picture, best first.
+
+        Args:
+            image: As for `classify`.
+            model: A detection model of `models()`; None for the catalogue's first.
+            top: How many objects at most; None for all that the model is sure enough of.
+            deadline: Seconds from now.
+
+        Raises:
+            InvalidArgumentError: the bytes are no picture, or the model is for something else.
+            NotFoundError: no such model, or no such file.
+            UnimplementedError: the catalogue has no model for this operation.
+        """
+        request = calls.picture_request(image, model, top)
+        return calls.objects(self._picture("Detect", request, v1.DetectResponse, deadline, traceparent))
+
+    def pose(
+        self, image: Any, model: Any = None, deadline: Optional[float] = None, *, traceparent: Optional[str] = None
+    ) -> List[Keypoint]:
+        """Return the points of the body of the person in a picture, in the model's order. Arguments as for `detect`."""
+        request = calls.picture_request(image, model)
+        return calls.keypoints(self._picture("Pose", request, v1.PoseResponse, deadline, traceparent))
+
+    def segment(
+        self,
+        image: Any,
+        model: Any = None,
+        deadline: Optional[float] = None,
+        *,
+        arrays: bool = False,
+        traceparent: Optional[str] = None,
+    ) -> Segmentation:
+        """Return which label each place of a picture has. Arguments as for `detect`; `arrays` for a numpy array."""
+        request = calls.picture_request(image, model)
+        return calls.segmentation(self._picture("Segment", request, v1.MapResponse, deadline, traceparent), arrays)
+
+    def depth(
+        self,
+        image: Any,
+        model: Any = None,
+        deadline: Optional[float] = None,
+        *,
+        arrays: bool = False,
+        traceparent: Optional[str] = None,
+    ) -> Any:
+        """Return the depth of each place of a picture: float32 [height, width], a `Tensor` or numpy array.
+
+        Arguments as for `detect`. The unit is the model's.
+        """
+        request = calls.picture_request(image, model)
+        return calls.depth_map(self._picture("Depth", request, v1.MapResponse, deadline, traceparent), arrays)
 
     def infer(
         self,
@@ -212,6 +267,13 @@ class Session:
         self._loaded.clear()
 
     # -- what calls have in common ------------------------------------------------------------------------------------
+
+    def _picture(
+        self, method: str, request: Any, response: Any, deadline: Optional[float], traceparent: Optional[str]
+    ) -> Any:
+        trace = tracing.metadata(traceparent)
+        self._link.continuity.check_size(request.byte_size(), method)
+        return self._using(request.model, lambda left_s: self._call(method, request, response, left_s, trace), deadline)
 
     def _call(
         self, method: str, request: Any, response: Any, timeout_s: float, metadata: Optional[Metadata] = None

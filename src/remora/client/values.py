@@ -45,6 +45,45 @@ class Label(Value):
         self.score = score
 
 
+class Detection(Value):
+    """An object in a picture; `box` holds its corners x1, y1, x2, y2 in pixels of the upright picture."""
+
+    __slots__ = ("index", "name", "score", "box")
+
+    def __init__(self, index: int, name: str, score: float, box: Tuple[float, float, float, float]) -> None:
+        self.index = index
+        self.name = name
+        self.score = score
+        self.box = box
+
+
+class Keypoint(Value):
+    """A point of a body, in pixels of the upright picture."""
+
+    __slots__ = ("index", "name", "score", "x", "y")
+
+    def __init__(self, index: int, name: str, score: float, x: float, y: float) -> None:
+        self.index = index
+        self.name = name
+        self.score = score
+        self.x = x
+        self.y = y
+
+
+class Segmentation(Value):
+    """Which label each place of a picture has.
+
+    `mask` is uint8 [height, width] of the model's own size and stands for the whole picture; a value is the number of a
+    label in `labels`. It lies on the memory of the answer, as the results of `infer` do.
+    """
+
+    __slots__ = ("labels", "mask")
+
+    def __init__(self, labels: Tuple[str, ...], mask: Any) -> None:  # Tensor, or numpy.ndarray
+        self.labels = labels
+        self.mask = mask
+
+
 class TensorSpec(Value):
     """What a model expects or returns under one name; -1 in `shape` where any size is accepted."""
 
@@ -84,6 +123,14 @@ class ModelInfo(Value):
 
 def label(message: v1.Label) -> Label:
     return Label(message.index, message.name, message.score)
+
+
+def detection(message: v1.Detection) -> Detection:
+    return Detection(message.index, message.name, message.score, (message.x1, message.y1, message.x2, message.y2))
+
+
+def keypoint(message: v1.Keypoint) -> Keypoint:
+    return Keypoint(message.index, message.name, message.score, message.x, message.y)
 
 
 def model_info(message: v1.ModelInfo) -> ModelInfo:

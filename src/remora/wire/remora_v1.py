@@ -205,6 +205,60 @@ class ClassifyResponse(Message):
     timing: Timing | None = message(2, Timing)
 
 
+class PictureRequest(Message):
+    """Of `Detect`, `Segment`, `Pose` and `Depth`; the fields are those of ClassifyRequest."""
+
+    #: Empty for the catalogue's first model for the operation.
+    model: str = string(1)
+    image: bytes | memoryview = bytes_(2)
+    #: How many objects or points; 0 for all.
+    top: int = uint32(3)
+    request_id: int = uint64(4)
+
+
+class Detection(Message):
+    """An object, with the corners of its box in pixels of the upright picture."""
+
+    index: int = uint32(1)
+    name: str = string(2)
+    score: float = double(3)
+    x1: float = double(4)
+    y1: float = double(5)
+    x2: float = double(6)
+    y2: float = double(7)
+
+
+class DetectResponse(Message):
+    #: Best first.
+    objects: list[Detection] = message(1, Detection, repeated=True)
+    timing: Timing | None = message(2, Timing)
+
+
+class Keypoint(Message):
+    """A point of a body, in pixels of the upright picture."""
+
+    index: int = uint32(1)
+    name: str = string(2)
+    score: float = double(3)
+    x: float = double(4)
+    y: float = double(5)
+
+
+class PoseResponse(Message):
+    #: In the model's order.
+    keypoints: list[Keypoint] = message(1, Keypoint, repeated=True)
+    timing: Timing | None = message(2, Timing)
+
+
+class MapResponse(Message):
+    """Of `Segment` (uint8: the number of a label) and `Depth` (float32): [height, width] over the whole picture."""
+
+    map: Tensor | None = message(1, Tensor)
+    #: What the numbers of `Segment` mean.
+    labels: list[str] = string(2, repeated=True)
+    timing: Timing | None = message(3, Timing)
+
+
 class NoopRequest(Message):
     """Costs a request without an operation: for `ping` and for measuring. `data` comes back unchanged."""
 
@@ -229,4 +283,8 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "UnloadModel": (UnloadModelRequest, Empty),
     "Infer": (InferRequest, InferResponse),
     "Classify": (ClassifyRequest, ClassifyResponse),
+    "Detect": (PictureRequest, DetectResponse),
+    "Segment": (PictureRequest, MapResponse),
+    "Pose": (PictureRequest, PoseResponse),
+    "Depth": (PictureRequest, MapResponse),
 }

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from remora.backends.contract import Array, LoadedModel, Spec, Stop
-from remora.errors import RemoraError
+from remora.errors import InvalidArgumentError, RemoraError
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: A size must bring this much more throughput than the best before, or it counts as a miss; after two the search ends.
@@ -166,6 +166,10 @@ def calibrate(
     Raises:
         RemoraError: the model does not run on samples.
     """
+    if not all(spec.dtype for spec in model.inputs):
+        raise InvalidArgumentError(
+            "the model's file does not say what it takes, so nothing can be made up to measure it"
+        )
     specs = [Spec(spec.name, spec.dtype, tuple(shape)) for spec, shape in zip(model.inputs, shapes, strict=True)]
     budget = Budget(budget_s)
     try:

@@ -14,6 +14,19 @@ from typing import Any, Protocol
 
 from remora.errors import RemoraError
 
+#: Operations on an encoded picture, and the task of the model that each one needs.
+PICTURES: Mapping[str, str] = {
+    "classify": "classification",
+    "detect": "detection",
+    "segment": "segmentation",
+    "pose": "pose",
+    "depth": "depth",
+}
+#: Of these, what answers with a map of the picture: its element type. The others answer with labels.
+MAPS: Mapping[str, str] = {"segment": "uint8", "depth": "float32"}
+#: Of the others, how many numbers say where in the picture a label is: a box, a point.
+PLACE_NUMBERS: Mapping[str, int] = {"classify": 0, "detect": 4, "pose": 2}
+
 #: Trust domain of catalogue models: one worker serves all tenants. Other domains are a tenant's name, and those of its
 #: libraries.
 SHARED = "shared"
@@ -31,7 +44,8 @@ def library_domain(tenant: str, key: str) -> str:
 @dataclass(frozen=True)
 class TensorSpec:
     name: str
-    dtype: str  # a key of wire.remora_v1.DTYPES
+    #: A key of wire.remora_v1.DTYPES. Empty for any type and shape: the model's file does not say.
+    dtype: str
     shape: tuple[int, ...]  # -1: any size
 
 
@@ -42,8 +56,8 @@ class ModelSource:
     key: str  # catalogue name or sha256:<hex>
     digest: str  # sha256:<hex> of the file
     path: Path  # opened by the launcher; the worker gets a descriptor
-    format: str  # "onnx", LIBRARY
-    task: str = "tensor"  # "classification", "tensor"
+    format: str  # "onnx", "tflite", "torchscript", LIBRARY
+    task: str = "tensor"  # "tensor", or one of PICTURES' tasks
     manifest: Mapping[str, Any] = field(default_factory=dict)  # preprocessing, labels, ... for catalogue models
     #: As the manifest declares them; empty where nobody did.
     inputs: tuple[TensorSpec, ...] = ()
@@ -106,14 +120,14 @@ class Region(Protocol):
 class Job:
     """One operation on one model for one tenant. Checked by the door; the worker checks it against the model."""
 
-    operation: str  # "infer", "classify", "compute", "exec", "noop"
+    operation: str  # "infer", "compute", "exec", "noop", or one of PICTURES
     domain: str  # SHARED, the tenant, or one of its libraries
     tenant: str  # whose arena outputs are written to
     model: str  # ModelSource.key, loaded before; for compute only a name for the queue
     inputs: tuple[TensorView, ...] = ()  # infer, compute, exec
     outputs: tuple[str, ...] = ()  # infer: names wanted, empty for all
-    image: memoryview | None = None  # classify: encoded picture
-    top: int = 5  # classify
+    image: memoryview | None = None  # pictures: as encoded
+    top: int = 5  # pictures that answer with labels: how many
     deadline_s: float | None = None  # on the monotonic clock
     function: str = ""  # compute: a key of backends.linalg.FUNCTIONS; exec: a symbol
     numbers: Mapping[str, float] = field(default_factory=dict)  # compute: its scalar arguments
@@ -129,6 +143,8 @@ class LabelScore:
     index: int
     name: str
     score: float
+    #: Pixels of the upright picture: x1, y1, x2, y2 of an object, x, y of a point.
+    place: tuple[float, ...] = ()
 
 
 @dataclass

@@ -14,7 +14,18 @@ from remora.errors import AbortedError, InvalidArgumentError, RemoraError
 from remora.reactor import Timer
 from remora.wire.remora_v1 import DTYPES
 from remora.workers.arena import Arena, ArenaBlock, Region, RegionBlock, SharedMemory, aligned
-from remora.workers.contract import Job, LabelScore, ModelSource, ModelSpec, Result, TensorSpec, TensorView
+from remora.workers.contract import (
+    MAPS,
+    PICTURES,
+    PLACE_NUMBERS,
+    Job,
+    LabelScore,
+    ModelSource,
+    ModelSpec,
+    Result,
+    TensorSpec,
+    TensorView,
+)
 from remora.workers.packed import pack_job, places_of
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, encode, labels_of, outputs_of
 
@@ -86,10 +97,14 @@ class PendingJob:
             message["out"] = [[spec.name, spec.dtype, spec.shape] for spec in self._wanted]
         elif spec is not None and self.arena is not None:
             message.update(m=number, a=self.arena.id)
-            if self.job.operation == "classify":
+            if self.job.operation in PICTURES:
                 image = self.job.image or memoryview(b"")
-                message.update(off=self._place(image), len=len(image), top=min(self.job.top, MOST_LABELS))
-            else:
+                message.update(image=[self._place(image), len(image)], top=min(self.job.top, MOST_LABELS))
+            if self.job.operation in MAPS:
+                self._wanted = (TensorSpec("map", MAPS[self.job.operation], (-1, -1)),)
+                self.block = self.arena.allocate(guess_bytes or _GUESS_BYTES)
+                message.update(b=self.block.arena.id, off=self.block.offset, len=self.block.size)
+            elif self.job.operation not in PICTURES:
                 self._wanted = wanted_outputs(spec, self.job.outputs)
                 self.block = self._output_block(guess_bytes)
                 return _checked(self._packed(number, self.region or self.arena, self.block))
@@ -140,16 +155,18 @@ class PendingJob:
         Raises:
             ProtocolError: the answer is impossible.
         """
-        if self.job.operation == "classify" and source is not None:
-            names: Sequence[str] = source.manifest.get("labels", ())
-            ranking = labels_of(message.get("labels"), len(names) or 1 << 31, max(1, self.job.top))
+        names: Sequence[str] = source.manifest.get("labels", ()) if source is not None else ()
+        numbers = PLACE_NUMBERS.get(self.job.operation)
+        if numbers is not None and source is not None:
+            found = labels_of(message.get("labels"), len(names) or 1 << 31, max(1, self.job.top), numbers)
             return Result(
                 labels=tuple(
-                    LabelScore(index, names[index] if names else str(index), score) for index, score in ranking
+                    LabelScore(index, names[index] if names else str(index), score, place)
+                    for index, score, place in found
                 ),
                 run_us=run_us,
             )
-        if self.job.operation in ("infer", "compute", "exec") and self.block is not None:
+        if self.job.operation != "noop" and self.block is not None:
             block, memory = self.block, self.block.arena.memory
             if "layout" in message:
                 at, places = message["at"], places_of(message, self.job.model, self._wanted, block.offset, block.size)
@@ -161,7 +178,10 @@ class PendingJob:
             )
             self.block = None
             region = self.region if isinstance(block, RegionBlock) else None
-            return Result(views, run_us=run_us, release=block.release, region=region, places=places, start=at)
+            labels = tuple(LabelScore(index, name, 0.0) for index, name in enumerate(names))
+            if self.job.operation not in MAPS:
+                labels = ()
+            return Result(views, labels, run_us, block.release, region=region, places=places, start=at)
         return Result(run_us=run_us)
 
     def finish(self, outcome: Result | RemoraError, later: Callable[[Callable[[], None]], None] | None = None) -> None:
@@ -222,7 +242,7 @@ def declared_bytes(outputs: Sequence[TensorSpec]) -> int:
     """Return the size of outputs with the room for alignment, 0 if a dimension is open."""
     total = 0
     for output in outputs:
-        if any(dim < 0 for dim in output.shape):
+        if not output.dtype or any(dim < 0 for dim in output.shape):
             return 0
         total += aligned(prod(output.shape) * DTYPES[output.dtype])
     return total

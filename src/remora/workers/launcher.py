@@ -29,7 +29,7 @@ from remora.workers.settings import WorkerSettings
 
 #: The worker's own user and group inside its namespace: nobody.
 _UID = 65534
-_IMPORTS = ("remora", "numpy", "onnx", "onnxruntime", "PIL", "simplejpeg")
+_IMPORTS = ("remora", "numpy", "onnx", "onnxruntime", "PIL", "simplejpeg", "ai_edge_litert", "torch")
 #: ONNX Runtime reads these to know the processor; they hold no secret.
 _PROCESSOR = ("/proc/cpuinfo", "/sys/devices/system/cpu")
 BOOT = "import sys; sys.path[:0] = sys.argv[1].split(':'); from remora.workers.main import main; main(sys.argv[2:])"

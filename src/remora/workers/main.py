@@ -25,8 +25,8 @@ import numpy as np
 
 from remora.backends import linalg
 from remora.backends.contract import Array, Limits, LoadedModel, Spec, Stop
-from remora.backends.onnx import OnnxBackend
-from remora.backends.vision import Classifier
+from remora.backends.formats import backend_for
+from remora.backends.vision.tasks import Mapper, PictureTask, picture_task
 from remora.errors import (
     CancelledError,
     DataLossError,
@@ -37,13 +37,13 @@ from remora.errors import (
 )
 from remora.workers import seccomp
 from remora.workers.calibration import calibrate
+from remora.workers.contract import PICTURES
 from remora.workers.inside import bound_memory, confine_self
 from remora.workers.joining import JoinedRun, Member
 from remora.workers.layout import Layout
 from remora.workers.packed import JOB, pack_answer, unpack_job
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts, pack, unpack
 
-_BACKENDS = {"onnx": OnnxBackend}
 #: Outputs at least this large are computed straight into the arena; below, binding costs more than the copy.
 _BIND_BYTES = 64 * 1024
 _MAX_EARLY_STOPS = 1024
@@ -61,7 +61,7 @@ class Worker:
         self._threads = 1
         self._control_lock = threading.Lock()
         self._arenas: dict[int, mmap.mmap] = {}
-        self._models: dict[int, tuple[LoadedModel, Classifier | None]] = {}
+        self._models: dict[int, tuple[LoadedModel, str, PictureTask | None]] = {}
         self._lock = threading.Lock()
         self._running: dict[int, Stop] = {}
         self._stopped_early: dict[int, None] = {}
@@ -133,10 +133,10 @@ class Worker:
             raise InvalidArgumentError(f"the model file is larger than {self._limits.model_bytes} bytes")
         if f"sha256:{hashlib.sha256(data).hexdigest()}" != message["digest"]:
             raise DataLossError(f"the file of model {key} is not the one with digest {message['digest']}")
-        backend = _BACKENDS[message["format"]]()
+        backend = backend_for(message["format"])
         model = backend.load(data, self._device, self._limits)
-        classify = message["task"] == "classification"
-        self._models[number] = model, Classifier.from_manifest(model, message["manifest"]) if classify else None
+        task = message["task"]
+        self._models[number] = model, task, picture_task(task, model, message["manifest"], message["classes"])
         return {
             "t": "loaded",
             "m": number,
@@ -262,24 +262,27 @@ class Worker:
         if job["t"] == "compute":
             return {"t": "done", "id": job["id"], "out": self._calculate(job, stop)}
         model = self._model(job)
-        classifier = self._models[job["m"]][1]
+        if job["t"] == "infer":
+            at, described = self._infer(job, model, stop)
+            return {"t": "done", "id": job["id"], "at": at, "layout": described}
+        _model, task, pictures = self._models[job["m"]]
         memory = self._arenas[job["a"]]
-        if job["t"] == "classify":
-            if classifier is None:
-                raise InvalidArgumentError(
-                    "this model does not classify pictures", fix="send tensors with infer, or use another model"
-                )
-            picture = memoryview(memory)[job["off"] : job["off"] + job["len"]]
-            return {
-                "t": "done",
-                "id": job["id"],
-                "labels": classifier.classify(picture, job["top"], stop, self._limits),
-            }
-        start, layout = self._infer(job, model, stop)
-        return {"t": "done", "id": job["id"], "at": start, "layout": layout}
+        wanted = PICTURES[job["t"]]
+        if pictures is None or wanted != task:
+            raise InvalidArgumentError(
+                f"this model is for {task}, {job['t']} needs one for {wanted}",
+                fix="use another model, or send tensors with infer",
+            )
+        start, length = job["image"]
+        picture = memoryview(memory)[start : start + length]
+        if isinstance(pictures, Mapper):
+            found = pictures.map(picture, stop, self._limits)
+            layout = Layout.of(["map"], [found])
+            return {"t": "done", "id": job["id"], "out": layout.places(self._store(job, layout, [found]))}
+        return {"t": "done", "id": job["id"], "labels": pictures.find(picture, job["top"], stop, self._limits)}
 
     def _model(self, job: Message) -> LoadedModel:
-        model = self._models.get(job["m"], (None, None))[0]
+        model = self._models.get(job["m"], (None,))[0]
         if model is None:
             raise InternalError("the model is not loaded in this worker")
         return model
@@ -383,6 +386,7 @@ def main(argv: Sequence[str]) -> None:
     """Serve: job socket, control socket, open files, processes, model bytes, pixels, filter, all as numbers."""
     job_fd, control_fd, open_files, processes, model_bytes, pixels, filtered = (int(part) for part in argv)
     confine_self(open_files, processes)
+    backend_for("onnx")  # nearly every worker's; imported before one is needed
     if filtered:
         seccomp.install("models")
     limits = Limits(model_bytes=model_bytes, pixels=pixels)

@@ -16,7 +16,7 @@ from remora.reactor import Reactor, Timer
 from remora.workers import launcher
 from remora.workers.arena import Arena, ArenaBlock, Region
 from remora.workers.cells import Cells
-from remora.workers.contract import LIBRARY, SHARED, Job, ModelSource, WorkerInfo, library_domain
+from remora.workers.contract import LIBRARY, PICTURES, SHARED, Job, ModelSource, WorkerInfo, library_domain
 from remora.workers.contract import Region as SharedRegion
 from remora.workers.domain import Domain
 from remora.workers.jobs import Done, PendingJob
@@ -24,7 +24,7 @@ from remora.workers.process import WorkerProcess, memory_bytes
 from remora.workers.residents import LoadDone, MeasureDone
 from remora.workers.settings import WorkerSettings
 
-_OPERATIONS = ("infer", "classify", "compute", "exec", "noop")
+_OPERATIONS = (*PICTURES, "infer", "compute", "exec", "noop")
 #: A new spare starts this long after the last was taken, so that it does not compete with the one who took it.
 _SPARE_DELAY_S = 1.0
 

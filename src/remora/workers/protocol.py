@@ -5,14 +5,15 @@ socket each: every job thread of a worker receives from the job socket itself (t
 thread, so there is no dispatcher between), and a cancel still arrives when all of them are busy.
 
 control, agent -> worker       assign{shared, memory, threads, device}  arena{id, size}+fd  drop{id}
-                               load{m, key, format, digest, task, manifest}+fd  unload{m}
+                               load{m, key, format, digest, task, manifest, classes}+fd  unload{m}
                                load{m, key, format, digests}              a library: its files are at library_path(n)
                                measure{m, shapes, most, ms}
                                cancel{id}  block{id, b, off, len}         answer to `need`; len 0: refused
 control, worker -> agent       hello{}  arena{id}  loaded{m, inputs, outputs, device, by, mem}  refused{m, error}
                                measured{m, curve, threads, rows}  measured{m, error}
 jobs, agent -> worker          noop{id}  infer: see `packed`
-                               classify{id, m, a, off, len, top}
+                               classify | detect | pose{id, m, a, image, top}
+                               segment | depth{id, m, a, image, b, off, len}
                                compute{id, f, n, a, in, out, off}         function, numbers; `out` are specs
                                exec{id, m, f, a, in, out, off}            symbol; the last of `in` are `out` before
 jobs, worker -> agent          done{id, us, out | labels}, of infer: see `packed`  failed{id, us, error}  need{id, len}
@@ -23,7 +24,8 @@ same way, except those of members that are given up, which come as soon as they 
 
 `a` is the arena of the inputs and `b` that of the outputs; `shared`: the client may write to both meanwhile.
 `m` numbers a load, so that an answer to an earlier one is not taken for this one's. A tensor is [name, dtype, shape,
-offset, length]; a spec [name, dtype, shape]; an error [code, message, fix]. The worker of a tenant may be hostile:
+offset, length]; a spec [name, dtype, shape]; an image [offset, length]; a label [class, score, number of its place...];
+an error [code, message, fix]. The worker of a tenant may be hostile:
 whatever it sends is checked here, and what does not fit is a `ProtocolError`, which costs it its life.
 """
 
@@ -172,7 +174,7 @@ def specs_of(value: object) -> tuple[TensorSpec, ...]:
         name, dtype, shape = _sequence(item, "tensor", 3)
         if (
             not isinstance(dtype, str)
-            or dtype not in DTYPES
+            or (dtype and dtype not in DTYPES)
             or not isinstance(shape, list)
             or len(shape) > MAX_DIMENSIONS
         ):
@@ -191,28 +193,31 @@ def outputs_of(value: object, wanted: Sequence[TensorSpec], offset: int, size: i
 
 def _output(item: object, spec: TensorSpec, offset: int, size: int) -> TensorPlace:
     name, dtype, shape, start, length = _sequence(item, "output", 5)
-    if name != spec.name or dtype != spec.dtype or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+    if name != spec.name or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise ProtocolError("the worker sent an output that was not asked for")
+    if not isinstance(dtype, str) or dtype not in ((spec.dtype,) if spec.dtype else DTYPES):
+        raise ProtocolError("the worker sent an output of a type that was not asked for")
     dims = tuple(whole(dim, "shape", 1 << 40) for dim in shape)
     whole(length, "output size", size)
     if whole(start, "output offset", offset + size) < offset or start + length > offset + size:
         raise ProtocolError("the worker sent an output that lies outside its block")
-    if math.prod(dims) * DTYPES[spec.dtype] != length:
+    if math.prod(dims) * DTYPES[dtype] != length:
         raise ProtocolError("the worker sent an output whose size and shape differ")
-    return spec.name, spec.dtype, dims, start, length
+    return spec.name, dtype, dims, start, length
 
 
-def labels_of(value: object, classes: int, top: int) -> list[tuple[int, float]]:
-    """Return the ranking of a classification: (class, score), each class below `classes`."""
+def labels_of(value: object, classes: int, top: int, numbers: int) -> list[tuple[int, float, tuple[float, ...]]]:
+    """Return what was found in a picture: (class, score, place), each class below `classes`, `numbers` to a place."""
     if not isinstance(value, list) or len(value) > top:
         raise ProtocolError("the worker sent an impossible ranking")
     ranking = []
     for item in value:
-        index, score = _sequence(item, "label", 2)
+        index, *found = _sequence(item, "label", 2 + numbers)
         whole(index, "class", classes - 1)
-        if not isinstance(score, float | int) or not math.isfinite(score):
+        if any(not isinstance(part, float | int) or not math.isfinite(part) for part in found):
             raise ProtocolError("the worker sent an impossible score")
-        ranking.append((index, float(score)))
+        score, *place = map(float, found)
+        ranking.append((index, score, tuple(place)))
     return ranking
 
 

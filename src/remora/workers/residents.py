@@ -122,9 +122,10 @@ class Residents:
         model.state = "loading"
         model.number = next(self._numbers)
         model.base_bytes, model.grown_bytes = memory_bytes(process.pid), 0
-        manifest = {key: source.manifest[key] for key in ("preprocess", "scores") if key in source.manifest}
+        manifest = {key: value for key, value in source.manifest.items() if key not in ("labels", "batching")}
+        classes = len(source.manifest.get("labels", ()))  # their names stay here
         message = {"t": "load", "m": model.number, "key": source.key, "format": source.format, "digest": source.digest}
-        process.tell({**message, "task": source.task, "manifest": manifest}, fd)
+        process.tell({**message, "task": source.task, "manifest": manifest, "classes": classes}, fd)
 
     def _end_load(self, process: WorkerProcess, model: Resident) -> None:
         if self._process is process and model.state == "loading":

@@ -18,6 +18,7 @@ from remora.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     ResourceExhaustedError,
     UnimplementedError,
 )
@@ -28,7 +29,7 @@ def test_hello_opens_a_session_and_says_what_the_agent_offers(agent: AgentProces
     with Guest(agent.connect()) as guest:
         assert len(guest.token) >= 16
         assert not guest.hello.resumed
-        assert set(guest.hello.operations) == {"classify", "infer"}
+        assert set(guest.hello.operations) == {"classify", "depth", "detect", "infer", "pose", "segment"}
         assert guest.hello.max_message_bytes == 8388608
         assert guest.hello.version == 1
 
@@ -120,7 +121,7 @@ def test_a_file_that_is_no_model_is_refused_and_the_agent_goes_on(agent: AgentPr
         for data in (b"PK\x03\x04" + b"x" * 100, b"no model at all" * 100):
             digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
             guest.upload(digest, data)
-            with pytest.raises((InvalidArgumentError, UnimplementedError)):
+            with pytest.raises((InvalidArgumentError, PermissionDeniedError)):
                 guest.load(digest)
         guest.ping()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from remora.catalog.photos import fetch_photos
 from vaccel_google import GoogleClient, RemoteError
 
 RAW, INT32, INT64, UINT8, FLOAT32, FLOAT32_ARRAY, FLOAT64_ARRAY = 0, 5, 7, 9, 17, 18, 20
@@ -173,12 +176,34 @@ def test_a_label_is_cut_to_the_room_that_there_is(genop: Genop) -> None:
     assert text[3:] == b"\0"
 
 
-@pytest.mark.parametrize("opcode", [4, 5, 6, 7])
-def test_a_picture_operation_without_a_model_says_that_a_manifest_is_missing(genop: Genop, opcode: int) -> None:
+def test_a_picture_operation_without_a_model_says_that_a_manifest_is_missing(genop: Genop) -> None:
     arguments = [genop.client.arg(picture(), BUFFER)], [genop.room(64, UCHAR_ARRAY)]
-    assert genop.errno(opcode, *arguments) == ENOTSUP
+    assert genop.errno(7, *arguments) == ENOTSUP
     with pytest.raises(RemoteError, match="add a manifest"):
-        genop.run(opcode, *arguments)
+        genop.run(7, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "model", "answer"),
+    [
+        (4, "centernet", rb"bird 0\.\d\d at \d+,\d+,\d+,\d+"),
+        (5, "selfie-segmentation", rb"(background|person) \d+\.\d%"),
+        (6, "movenet-lightning", rb"nose 0\.\d\d at \d+,\d+; left eye"),
+    ],
+)
+def test_detection_segmentation_and_pose_answer_with_whole_entries_of_text(
+    genop: Genop, models: Path, opcode: int, model: str, answer: bytes
+) -> None:
+    if not (models / model).is_dir():
+        pytest.skip(f"the model {model} is not built: run `make models`")
+    image = genop.client.arg(fetch_photos()[15].path.read_bytes(), BUFFER)
+    (text,) = genop.run(opcode, [image], [genop.room(100, UCHAR_ARRAY)])
+    assert len(text) == 100
+    assert re.match(answer, text)
+    line = text.rstrip(b"\0").decode()
+    assert all(re.fullmatch(r"[\w ]+ \d\.\d\d at [\d,]+|\w+ [\d.]+%", entry) for entry in line.split("; "))
+    wrong = genop.client.arg(b"no picture", BUFFER)
+    assert genop.errno(opcode, [wrong], [genop.room(100, UCHAR_ARRAY)]) == EINVAL
 
 
 @pytest.mark.parametrize("opcode", [1, 2])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import tiny_tflite
 from vaccel_google import GoogleClient, RemoteError
 
 DATA, MODEL, BUFFER = 1, 2, 1
@@ -89,17 +90,28 @@ def test_torch_with_no_output_is_an_invalid_argument_of_vaccels(
     assert (caught.value.code, caught.value.error.type) == (13, 2)
 
 
-@pytest.mark.parametrize(
-    ("data", "extra"), [(b"PK\x03\x04" + bytes(60), "torch"), (b"\x1c\0\0\0TFL3" + bytes(60), "tflite")]
-)
-def test_a_format_without_backend_names_the_extra_that_is_missing(
-    client: GoogleClient, session: int, data: bytes, extra: str
-) -> None:
-    model = register(client, session, data)
+def test_torchscript_is_a_program_and_so_refused_like_one(client: GoogleClient, session: int) -> None:
+    model = register(client, session, b"PK\x03\x04" + bytes(60))
     for method in ("TorchModelLoad", "TensorflowModelLoad", "TensorflowLiteModelLoad"):
-        with pytest.raises(RemoteError, match=rf"remora\[{extra}\]") as caught:
+        with pytest.raises(RemoteError, match=r"is a program.*exec = false") as caught:
             client.call(method, session_id=session, model_id=model)
-        assert (caught.value.code, caught.value.errno) == (13, 95)
+        assert (caught.value.code, caught.value.errno) == (7, 13)
+
+
+@pytest.mark.parametrize("service", FLOAT)
+def test_a_tensorflow_lite_model_works_through_every_service(client: GoogleClient, session: int, service: str) -> None:
+    model = register(client, session, tiny_tflite.doubling((1, 1, 1, 1)))
+    client.call(f"{service}ModelLoad", session_id=session, model_id=model)
+    answer = run(client, session, model, service)
+    assert bytes(answer.out_tensors[0].data) == struct.pack("<f", 8.5)
+    if service != "Torch":
+        client.call(f"{service}ModelUnload", session_id=session, model_id=model)
+
+
+def test_a_damaged_tensorflow_lite_model_is_refused(client: GoogleClient, session: int) -> None:
+    model = register(client, session, b"\x1c\0\0\0TFL3" + bytes(60))
+    with pytest.raises(RemoteError, match="LiteRT cannot load"):
+        client.call("TensorflowLiteModelLoad", session_id=session, model_id=model)
 
 
 def test_a_model_must_be_a_registered_model_of_one_file(client: GoogleClient, session: int, identity: bytes) -> None:

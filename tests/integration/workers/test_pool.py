@@ -175,7 +175,11 @@ def test_noop_needs_no_model_and_no_arena(shared_rig: Rig) -> None:
         (infer(np.zeros((1, 1, 1, 1), np.float32), outputs=("z",)), InvalidArgumentError, "no output 'z'"),
         (infer(np.zeros(1, np.float32), model="unknown"), NotFoundError, "unknown is not loaded"),
         (Job("dance", SHARED, "t", "identity"), InvalidArgumentError, "no operation 'dance'"),
-        (Job("classify", SHARED, "t", "identity", image=memoryview(b"x")), InvalidArgumentError, "does not classify"),
+        (
+            Job("classify", SHARED, "t", "identity", image=memoryview(b"x")),
+            InvalidArgumentError,
+            "needs one for classification",
+        ),
     ],
 )
 def test_a_wrong_job_is_a_clear_error_and_frees_its_memory(

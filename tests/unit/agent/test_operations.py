@@ -57,7 +57,7 @@ def test_inputs_are_counted_and_named_once() -> None:
 
 def test_classify_wants_a_picture_and_a_sensible_number_of_labels() -> None:
     with pytest.raises(InvalidArgumentError, match="no picture"):
-        operations.classify("m", b"", 5, deadline_s=None)
+        operations.picture("classify", "m", b"", 5, deadline_s=None)
     with pytest.raises(InvalidArgumentError, match="at most 1000"):
-        operations.classify("m", b"x", 1001, deadline_s=None)
-    assert operations.classify("m", b"x", 0, deadline_s=None).top == 5
+        operations.picture("classify", "m", b"x", 1001, deadline_s=None)
+    assert operations.picture("classify", "m", b"x", 0, deadline_s=None).top == 5

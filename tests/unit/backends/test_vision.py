@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remora.backends import vision
 from remora.backends.contract import Limits
-from remora.backends.vision import Preprocess, prepare, rank
+from remora.backends.vision import pictures
+from remora.backends.vision.classification import rank
+from remora.backends.vision.pictures import prepare
+from remora.backends.vision.preprocess import Preprocess
 from remora.errors import InternalError, InvalidArgumentError
 
 PLAIN = Preprocess(width=8, height=8, crop="none", dtype="uint8", layout="nhwc")
@@ -61,7 +63,7 @@ def test_the_orientation_of_a_photograph_is_applied(
     orientation: int, red: tuple[int, int], without_simplejpeg: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if without_simplejpeg:
-        monkeypatch.setattr(vision, "simplejpeg", None)
+        monkeypatch.setattr(pictures, "simplejpeg", None)
     exif = Image.Exif()
     exif[0x0112] = orientation
     pixels = prepare(encode(halves(), "JPEG", quality=95, exif=exif), PLAIN)[0]
@@ -75,7 +77,7 @@ def test_a_scaled_decode_agrees_with_a_full_one() -> None:
     how = Preprocess(width=224, height=224, dtype="uint8", layout="nhwc")
     scaled = prepare(data, how)[0].astype(int)
     full = Image.open(io.BytesIO(data)).convert("RGB")
-    exact = np.asarray(vision._crop_and_resize(full, how, full.size)).astype(int)
+    exact = np.asarray(pictures._crop_and_resize(full, how, full.size)[0]).astype(int)
     assert np.abs(scaled - exact).mean() < 1.5
 
 

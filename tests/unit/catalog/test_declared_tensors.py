@@ -7,7 +7,7 @@ import pytest
 from remora.catalog.build import recipe, recipe_names
 from remora.catalog.local import LocalModel
 from remora.catalog.manifest import parse_manifest
-from remora.errors import InvalidArgumentError
+from remora.errors import InvalidArgumentError, NotFoundError
 from remora.workers.contract import TensorSpec
 
 HEAD = b'name = "mine"\ntask = "tensor"\n'
@@ -38,7 +38,10 @@ def test_a_wrong_declaration_is_named_with_an_example(text: bytes) -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_declares_what_its_model_turns_out_to_be(name: str) -> None:
     manifest, _text = recipe(name)
-    model = LocalModel.from_catalog(name).model
+    try:
+        model = LocalModel.from_catalog(name).model
+    except NotFoundError as error:
+        pytest.skip(str(error))
     for declared, real in ((manifest.inputs, model.inputs), (manifest.outputs, model.outputs)):
         assert [(spec.name, spec.dtype, spec.shape) for spec in declared] == [
             (spec.name, spec.dtype, spec.shape) for spec in real

@@ -46,7 +46,15 @@ def put(directory: Path, text: str, *, labels: str | None = None, manifest: str 
         (TENSOR + "[batching]\nrows = 8.5", "rows is 8.5"),
         (TENSOR + "[batching]\nwait_ms = -1", "wait_ms is -1"),
         (TENSOR + "[batching]\nconcurrent = true", "concurrent is True"),
-        ('name = "a"\ntask = "classification"', "needs \\[preprocess\\] and labels"),
+        ('name = "a"\ntask = "classification"', "needs \\[preprocess\\]"),
+        ('name = "a"\ntask = "depth"', "needs \\[preprocess\\]"),
+        ('name = "a"\ntask = "pose"\n[preprocess]\nwidth = 8', "pose model needs labels"),
+        (TENSOR + '[boxes]\nunit = "share"', "has no such table"),
+        (
+            'name = "a"\ntask = "detection"\nlabels = "l.txt"\n[preprocess]\nwidth = 8\n[map]\nlayout = "nchw"',
+            "which has \\[boxes\\]",
+        ),
+        (TENSOR + 'format = "torchscript"', "must pin it"),
     ],
 )
 def test_a_wrong_manifest_names_the_file_and_the_key(text: str, message: str) -> None:

@@ -34,7 +34,7 @@ def test_random_values_never_do_more_than_break_the_protocol(value: Any) -> None
     for check in (
         lambda: protocol.specs_of(value),
         lambda: protocol.outputs_of(value, SPEC, 64, 128),
-        lambda: protocol.labels_of(value, 10, 3),
+        lambda: protocol.labels_of(value, 10, 3, 0),
         lambda: protocol.error_of(value),
         lambda: protocol.whole(value, "number", 5),
         lambda: protocol.text(value, "text"),
@@ -93,7 +93,22 @@ def test_the_number_of_outputs_is_what_was_asked(outputs: Any) -> None:
 )
 def test_an_impossible_ranking_is_refused(ranking: Any) -> None:
     with pytest.raises(ProtocolError):
-        protocol.labels_of(ranking, 10, 3)
+        protocol.labels_of(ranking, 10, 3, 0)
+
+
+@pytest.mark.parametrize("place", [[1.0], [1.0, 2.0, 3.0], [1.0, None], [1.0, float("inf")], [1.0, [2.0]]])
+def test_a_label_without_its_whole_place_is_refused(place: list[Any]) -> None:
+    with pytest.raises(ProtocolError):
+        protocol.labels_of([[1, 0.5, *place]], 10, 3, 2)
+    assert protocol.labels_of([[1, 0.5, 1, 2.5]], 10, 3, 2) == [(1, 0.5, (1.0, 2.5))]
+
+
+@pytest.mark.parametrize("dtype", ["", "float31", None, 4])
+def test_an_output_of_any_type_still_has_a_type(dtype: Any) -> None:
+    anything = [TensorSpec("y", "", ())]
+    with pytest.raises(ProtocolError):
+        protocol.outputs_of([["y", dtype, [1], 64, 4]], anything, 64, 128)
+    assert protocol.outputs_of([["y", "int16", [2], 64, 4]], anything, 64, 128)[0][1] == "int16"
 
 
 def test_errors_cross_with_their_class_and_fix() -> None:

@@ -15,6 +15,7 @@ from remora.agent.cards import ModelCard
 from remora.agent.core import Core
 from remora.agent.doors.calls import as_remora_error, run_for
 from remora.agent.doors.inference import DECODE_LIMITS, form_of
+from remora.agent.doors.pictures import RESPONSES
 from remora.agent.peers import Peer
 from remora.agent.sessions import Session
 from remora.errors import FailedPreconditionError, InvalidArgumentError, RemoraError, UnimplementedError
@@ -22,6 +23,7 @@ from remora.wire import remora_v1 as v1
 from remora.wire.protobuf import Message
 from remora.wire.ttrpc.calls import Call
 from remora.wire.ttrpc.reactor import ServerConnection
+from remora.workers.contract import PICTURES
 
 NAME = "native"
 _EMPTY = v1.Empty()
@@ -64,10 +66,6 @@ def model_info(card: ModelCard) -> v1.ModelInfo:
     )
 
 
-def _timing(answer: Answer) -> v1.Timing:
-    return v1.Timing(queue_us=answer.queue_us, run_us=answer.result.run_us)
-
-
 class NativeDoor:
     """Answers the calls of `remora.v1.Accelerator`."""
 
@@ -80,7 +78,7 @@ class NativeDoor:
             "PutResource": self._put_resource,
             "LoadModel": self._load_model,
             "UnloadModel": self._unload_model,
-            "Classify": self._classify,
+            **{name.capitalize(): self._picture(name) for name in RESPONSES},
         }
         self._methods = {name: (v1.METHODS[name][0], method) for name, method in methods.items()}
 
@@ -295,20 +293,25 @@ class NativeDoor:
 
         self._run(peer, session, call, operation, reply)
 
-    def _classify(self, peer: Peer, session: Session, call: Call, request: v1.ClassifyRequest) -> None:
-        operation = operations.classify(
-            request.model,
-            request.image,
-            request.top,
-            deadline_s=self._core.deadline_s(call.deadline_s),
-            request_id=request.request_id,
-        )
+    def _picture(self, name: str) -> Callable[[Peer, Session, Call, Any], None]:
+        """Return the method for an operation on pictures."""
 
-        def reply(answer: Answer) -> None:
-            labels = [v1.Label(index=label.index, name=label.name, score=label.score) for label in answer.result.labels]
-            self._respond(peer, call, v1.ClassifyResponse(labels=labels, timing=_timing(answer)), answer.drop)
+        def method(peer: Peer, session: Session, call: Call, request: v1.PictureRequest | v1.ClassifyRequest) -> None:
+            operation = operations.picture(
+                name,
+                request.model or self._core.models.default_for(session, PICTURES[name]),
+                request.image,
+                request.top,
+                deadline_s=self._core.deadline_s(call.deadline_s),
+                request_id=request.request_id,
+            )
 
-        self._run(peer, session, call, operation, reply)
+            def reply(answer: Answer) -> None:
+                self._respond(peer, call, RESPONSES[name](answer), answer.drop)
+
+            self._run(peer, session, call, operation, reply)
+
+        return method
 
     def _run(
         self,

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from remora.agent import operations
 from remora.agent.answers import Answer
 from remora.agent.bundles import Bundles
 from remora.agent.core import Core
+from remora.agent.doors.pictures import default_operation, text_of
 from remora.agent.doors.vaccel_exec import ExecCalls
-from remora.agent.doors.vaccel_genop import GenopCalls, text_into, text_of
+from remora.agent.doors.vaccel_genop import GenopCalls, text_into
 from remora.agent.doors.vaccel_models import ModelCalls
 from remora.agent.doors.vaccel_profiles import Profiles
 from remora.agent.doors.vaccel_replies import DECODE_LIMITS, EMPTY, BareError, Replies, with_errno
@@ -114,12 +114,11 @@ class VaccelDoor:
 
     def _image_classification(self, peer: Peer, call: Call, request: vaccel.ImageRequest) -> None:
         session = self._replies.session(peer, request.session_id)
-        model = self._core.models.default_for(session, "classification")
         deadline_s = self._core.deadline_s(call.deadline_s)
-        operation = operations.classify(model, request.image, 1, deadline_s=deadline_s)
+        operation = default_operation(self._core, session, "classify", request.image, deadline_s)
 
         def reply(answer: Answer) -> None:
-            tags = text_into(text_of(answer), _TAGS_BYTES)
+            tags = text_into(text_of("classify", answer, _TAGS_BYTES), _TAGS_BYTES)
             self._replies.respond(peer, call, vaccel.ImageResponse(tags=tags), answer.drop)
 
         self._replies.run(peer, call, session, operation, reply)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from remora.agent import compute, operations
 from remora.agent.answers import Answer
+from remora.agent.doors.pictures import default_operation, text_of
 from remora.agent.doors.vaccel_exec import ExecCalls, explain
 from remora.agent.doors.vaccel_profiles import Profiles
 from remora.agent.doors.vaccel_replies import Replies, bad_value
@@ -28,17 +29,17 @@ Prepared = tuple[operations.Operation, Callable[[Answer], list[bytes | memoryvie
 Prepare = Callable[[Session, "Args", "Args", float], Prepared]
 
 OPCODES = {number: name for name, number in vars(OpType).items() if isinstance(number, int)}
-#: Picture operations and the task of the catalogue model that each one needs.
-TASKS = {
-    OpType.IMAGE_CLASSIFY: "classification",
-    OpType.IMAGE_DETECT: "detection",
-    OpType.IMAGE_SEGMENT: "segmentation",
+#: Operations on pictures, by our names for them.
+IMAGES = {
+    OpType.IMAGE_CLASSIFY: "classify",
+    OpType.IMAGE_DETECT: "detect",
+    OpType.IMAGE_SEGMENT: "segment",
     OpType.IMAGE_POSE: "pose",
     OpType.IMAGE_DEPTH: "depth",
 }
 #: Exact numbers of (read, write) arguments after the opcode, where they are.
 _COUNTS = {
-    **dict.fromkeys(TASKS, (1, 1)),
+    **dict.fromkeys(IMAGES, (1, 1)),
     OpType.IMAGE_CLASSIFY: (1, 2),
     OpType.BLAS_SGEMM: (10, 1),
     OpType.FPGA_ARRAYCOPY: (1, 1),
@@ -117,7 +118,7 @@ class GenopCalls:
         self._core = replies.core
         self._profiles = profiles
         self._prepare: Mapping[int, Prepare] = {
-            **{number: self._picture(number, task) for number, task in TASKS.items()},
+            **{number: self._picture(name) for number, name in IMAGES.items()},
             OpType.BLAS_SGEMM: _sgemm,
             OpType.FPGA_ARRAYCOPY: _arithmetic(compute.arraycopy),
             OpType.FPGA_MMULT: _arithmetic(compute.mmult),
@@ -186,29 +187,23 @@ class GenopCalls:
                 f"{name} takes {wanted[0]} read and {wanted[1]} write arguments, got {len(read)} and {len(write)}"
             )
 
-    def _picture(self, opcode: int, task: str) -> Prepare:
+    def _picture(self, name: str) -> Prepare:
         def prepare(session: Session, read: Args, write: Args, deadline_s: float) -> Prepared:
             image = _typed(read[0], ArgType.BUFFER, "the picture")
             for arg in write:
                 _typed(arg, ArgType.UCHAR_ARRAY, "an output")
-            model = self._core.models.default_for(session, task)
-            operation = operations.classify(model, image, 1, deadline_s=deadline_s)
+            operation = default_operation(self._core, session, name, image, deadline_s)
             rooms = [len(arg.buf) for arg in write]
 
             def outputs_of(answer: Answer) -> list[bytes | memoryview]:
-                text = text_of(answer)
+                text = text_of(name, answer, rooms[-1])
                 # CLASSIFY writes the name of an annotated picture first; there is none here, so it is empty.
-                texts = ["", text] if opcode == OpType.IMAGE_CLASSIFY else [text]
+                texts = ["", text] if name == "classify" else [text]
                 return [text_into(part, room) for part, room in zip(texts, rooms, strict=True)]
 
             return operation, outputs_of
 
         return prepare
-
-
-def text_of(answer: Answer) -> str:
-    """Return what a picture operation found, as text."""
-    return ", ".join(label.name for label in answer.result.labels)
 
 
 def _arithmetic(make: Callable[..., operations.Operation]) -> Prepare:

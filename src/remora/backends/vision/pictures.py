@@ -1,4 +1,4 @@
-"""An encoded picture becomes the tensor that a manifest describes; a classifier's scores become a ranking.
+"""An encoded picture becomes the tensor that a manifest describes, and places in it become places in the picture.
 
 Decoding costs more than a small classifier: 33 ms for a 500 KB JPEG with a full decode, 5.6 ms when the decoder scales
 in the frequency domain. The scale comes from the header, so that it never falls below what the crop needs. Size limits
@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from remora.backends.contract import Array, Limits, LoadedModel, Stop
-from remora.errors import InternalError, InvalidArgumentError
+from remora.backends.contract import Array, Limits
+from remora.backends.vision.preprocess import Preprocess
+from remora.errors import InvalidArgumentError
 
 try:
     import simplejpeg
@@ -39,77 +38,27 @@ _TURNED = 5  # from here on, width and height change places
 
 
 @dataclass(frozen=True)
-class Preprocess:
-    """How a picture becomes an input tensor; the `[preprocess]` table of a manifest."""
+class Window:
+    """The part of a picture that an input shows, in pixels of the upright picture at full size.
 
-    width: int
+    It reaches beyond the picture where the input is padded.
+    """
+
+    width: int  # of the picture
     height: int
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of 0..255
-    std: tuple[float, ...] = (255.0, 255.0, 255.0)
-    #: `center`: the largest square, shrunk by size / (size + crop_padding); `none`: the whole picture.
-    crop: str = "center"
-    crop_padding: int = 32
-    resize: str = "bicubic"
-    layout: str = "nchw"
-    dtype: str = "float32"
-    channels: str = "rgb"
+    left: float
+    upper: float
+    right: float
+    lower: float
 
-    @classmethod
-    def from_manifest(cls, table: Mapping[str, Any]) -> Self:
-        """Validate a `[preprocess]` table.
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Return where in the picture a place of the input lies, given as shares (0..1) of its sides.
 
-        Raises:
-            InvalidArgumentError: names the key that is wrong.
+        What lies outside the picture comes to its edge.
         """
-        unknown = set(table) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise InvalidArgumentError(
-                f"[preprocess] has unknown keys: {', '.join(sorted(unknown))}",
-                fix=f"allowed are {', '.join(cls.__dataclass_fields__)}",
-            )
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in table.items()
-        }
-        try:
-            made = cls(**values)
-        except TypeError as error:
-            raise InvalidArgumentError("[preprocess] needs width and height") from error
-        made._validate()
-        return made
-
-    def _validate(self) -> None:
-        choices: tuple[tuple[str, object, tuple[str, ...]], ...] = (
-            ("crop", self.crop, ("center", "none")),
-            ("resize", self.resize, tuple(_RESIZES)),
-            ("layout", self.layout, ("nchw", "nhwc")),
-            ("dtype", self.dtype, ("float32", "uint8")),
-            ("channels", self.channels, ("rgb", "bgr")),
-        )
-        for key, given, allowed in choices:
-            if given not in allowed:
-                raise InvalidArgumentError(f"[preprocess] {key} is {given!r}", fix=f"allowed are {', '.join(allowed)}")
-        for key, size in (("width", self.width), ("height", self.height)):
-            if not isinstance(size, int) or not 1 <= size <= 4096:
-                raise InvalidArgumentError(f"[preprocess] {key} is {size!r}", fix="allowed are 1 to 4096")
-        triples: tuple[tuple[str, object], ...] = (("mean", self.mean), ("std", self.std))
-        for key, triple in triples:
-            if (
-                not isinstance(triple, tuple)
-                or len(triple) != 3
-                or not all(isinstance(part, int | float) for part in triple)
-            ):
-                raise InvalidArgumentError(f"[preprocess] {key} must be three numbers (of 0..255)")
-        if not all(self.std):
-            raise InvalidArgumentError("[preprocess] std must not be 0")
-        if not isinstance(self.crop_padding, int) or self.crop_padding < 0:
-            raise InvalidArgumentError("[preprocess] crop_padding must be 0 or more pixels")
-
-    def crop_share(self) -> float:
-        """Return which part of the shorter side the crop keeps."""
-        if self.crop == "none":
-            return 1.0
-        size = max(self.width, self.height)
-        return size / (size + self.crop_padding)
+        across = self.left + x * (self.right - self.left)
+        down = self.upper + y * (self.lower - self.upper)
+        return min(max(across, 0.0), float(self.width)), min(max(down, 0.0), float(self.height))
 
 
 def prepare(encoded: bytes | memoryview, how: Preprocess, limits: Limits | None = None) -> Array:
@@ -118,11 +67,17 @@ def prepare(encoded: bytes | memoryview, how: Preprocess, limits: Limits | None 
     Raises:
         InvalidArgumentError: it is no picture, is damaged, or is larger than `limits` allow.
     """
+    return prepare_window(encoded, how, limits)[0]
+
+
+def prepare_window(encoded: bytes | memoryview, how: Preprocess, limits: Limits | None = None) -> tuple[Array, Window]:
+    """Do as `prepare`, and also return which part of the picture the input shows."""
     limits = limits or Limits()
     if len(encoded) > limits.image_bytes:
         raise InvalidArgumentError(f"the picture has {len(encoded)} bytes, {limits.image_bytes} are allowed")
     image, size = _decode(encoded, how, limits)
-    return _to_tensor(_crop_and_resize(image, how, size), how)
+    shown, window = _crop_and_resize(image, how, size)
+    return _to_tensor(shown, how), window
 
 
 def _decode(encoded: bytes | memoryview, how: Preprocess, limits: Limits) -> tuple[Image.Image, tuple[int, int]]:
@@ -196,9 +151,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _crop_and_resize(image: Image.Image, how: Preprocess, size: tuple[int, int]) -> Image.Image:
+def _crop_and_resize(image: Image.Image, how: Preprocess, size: tuple[int, int]) -> tuple[Image.Image, Window]:
     """Crop by the whole pixels of the full-size picture, whatever size it was decoded at, and resize."""
     width, height = size
+    if how.crop == "pad":
+        return _pad(image, how, size)
     left, upper, right, lower = 0, 0, width, height
     if how.crop == "center":
         side = max(1, int(how.crop_share() * min(width, height)))
@@ -206,15 +163,32 @@ def _crop_and_resize(image: Image.Image, how: Preprocess, size: tuple[int, int])
         right, lower = left + side, upper + side
     across, down = image.width / width, image.height / height
     box = (left * across, upper * down, right * across, lower * down)
-    return image.resize((how.width, how.height), _RESIZES[how.resize], box=box)
+    shown = image.resize((how.width, how.height), _RESIZES[how.resize], box=box)
+    return shown, Window(width, height, left, upper, right, lower)
+
+
+def _pad(image: Image.Image, how: Preprocess, size: tuple[int, int]) -> tuple[Image.Image, Window]:
+    """Fit the whole picture into the input, in its middle, with black beside or above and below it."""
+    width, height = size
+    scale = min(how.width / width, how.height / height)
+    inner = max(1, round(width * scale)), max(1, round(height * scale))
+    left, upper = (how.width - inner[0]) // 2, (how.height - inner[1]) // 2
+    shown = Image.new("RGB", (how.width, how.height))
+    shown.paste(image.resize(inner, _RESIZES[how.resize]), (left, upper))
+    across, down = width / inner[0], height / inner[1]
+    window = Window(
+        width, height, -left * across, -upper * down, (how.width - left) * across, (how.height - upper) * down
+    )
+    return shown, window
 
 
 def _to_tensor(image: Image.Image, how: Preprocess) -> Array:
     pixels: Array = np.asarray(image)
     if how.channels == "bgr":
         pixels = pixels[:, :, ::-1]
-    if how.dtype == "uint8":
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if how.layout == "nchw" else pixels)[np.newaxis]
+    if how.dtype != "float32":
+        ordered = pixels.transpose(2, 0, 1) if how.layout == "nchw" else pixels
+        return np.ascontiguousarray(ordered, how.dtype)[np.newaxis]
     values = _values(how.mean, how.std)
     planes = np.empty((3, how.height, how.width), np.float32)
     for channel in range(3):
@@ -228,62 +202,3 @@ def _values(mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
     levels = np.arange(256, dtype=np.float32)
     centred = levels - np.asarray(mean, np.float32)[:, np.newaxis]
     return np.asarray(centred / np.asarray(std, np.float32)[:, np.newaxis])
-
-
-def rank(scores: Array, top: int, activation: str = "softmax") -> list[tuple[int, float]]:
-    """Return (class, probability) of the `top` best classes, best first."""
-    flat = np.asarray(scores, dtype=np.float64).reshape(-1)
-    if not np.isfinite(flat).all():
-        raise InternalError("the model answered with scores that are not numbers")
-    if activation == "softmax":
-        powers = np.exp(flat - flat.max())
-        flat = powers / powers.sum()
-    order = np.argsort(-flat, kind="stable")[: max(1, top)]
-    return [(int(index), float(flat[index])) for index in order]
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A loaded model with the preprocessing and the score output that its manifest names."""
-
-    model: LoadedModel
-    preprocess: Preprocess
-    input: str
-    output: str
-    activation: str = "softmax"
-
-    @classmethod
-    def from_manifest(cls, model: LoadedModel, manifest: Mapping[str, Any]) -> Self:
-        """Match a manifest with the model it describes.
-
-        Raises:
-            InvalidArgumentError: the model cannot classify, or the manifest names what it does not have.
-        """
-        table = manifest.get("preprocess")
-        if not isinstance(table, Mapping):
-            raise InvalidArgumentError(
-                "this model has no [preprocess] table in its manifest, so it cannot classify pictures",
-                fix="send tensors with infer, or add the table",
-            )
-        how = Preprocess.from_manifest(table)
-        scores = manifest.get("scores", {})
-        source = _named(model.inputs, scores.get("input"), "input")
-        target = _named(model.outputs, scores.get("output"), "output")
-        activation = scores.get("activation", "softmax")
-        if activation not in ("softmax", "none"):
-            raise InvalidArgumentError(f"[scores] activation is {activation!r}", fix="allowed are softmax, none")
-        return cls(model, how, source, target, activation)
-
-    def classify(self, encoded: bytes | memoryview, top: int, stop: Stop, limits: Limits) -> list[tuple[int, float]]:
-        feeds = {self.input: prepare(encoded, self.preprocess, limits)}
-        wanted = self.model.check(feeds, (self.output,))
-        return rank(self.model.run(feeds, wanted, stop)[0], top, self.activation)
-
-
-def _named(specs: Sequence[Any], name: str | None, what: str) -> str:
-    names = [spec.name for spec in specs]
-    if name is None and names:
-        return str(names[0])
-    if name is None or name not in names:
-        raise InvalidArgumentError(f"[scores] {what} is {name!r}", fix=f"the model has {', '.join(names)}")
-    return name
