@@ -6,7 +6,9 @@
 | tensor | 588 KiB float32 to a worker and back (identity model) | bare echo of the same bytes |
 | classify_tensor | EfficientNet-Lite0 on a prepared tensor | the same backend in this process |
 | classify_picture | one JPEG: decode, prepare, run, rank | the same code in this process |
-| *_4_clients | answers a second, four client processes | four threads of this process, the same code |
+| *_4_clients, *_16_clients | answers a second, so many client processes | as many threads of this process |
+
+Peers of `tensor` (`bench.peers`): gRPC in Python with the same bytes, Triton's clients against the agent's own door.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy as np
 
 import remora
 from remora.bench.echo import echo
+from remora.bench.peers import free_port, grpc_echo, triton
 from remora.bench.rig import Rig, agent
 from remora.bench.rounds import Series, alternate, ratio
 from remora.catalog.build import build
@@ -46,15 +49,15 @@ class Plan:
     seconds: float = 0.4
     throughput_rounds: int = 5
     throughput_seconds: float = 3.0
-    clients: int = 4
+    clients: tuple[int, ...] = (4, 16)
 
     @classmethod
     def quick(cls) -> Plan:
-        return cls(rounds=2, seconds=0.1, throughput_rounds=1, throughput_seconds=0.5)
+        return cls(rounds=2, seconds=0.1, throughput_rounds=1, throughput_seconds=0.5, clients=(4,))
 
     @property
     def steps(self) -> int:
-        return self.rounds * 8 + self.throughput_rounds * 4
+        return self.rounds * 11 + self.throughput_rounds * 4 * len(self.clients)
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,14 @@ def measure(plan: Plan, step: Callable[[], None] = lambda: None) -> dict[str, An
     for name in (MODEL, IDENTITY):
         build(name)
     with ExitStack() as stack:
-        rig = stack.enter_context(agent())
+        port = free_port()
+        rig = stack.enter_context(agent(oip_port=port))
         session = stack.enter_context(remora.connect(rig.address))
         work = _prepare(rig)
-        results = _latencies(plan, step, session, work)
+        results = _latencies(plan, step, session, work, rig, port)
         for kind in ("tensor", "picture"):
-            results[f"classify_{kind}_{plan.clients}_clients"] = _throughput(plan, step, rig, work, kind)
+            for clients in plan.clients:
+                results[f"classify_{kind}_{clients}_clients"] = _throughput(plan, step, rig, work, kind, clients)
         return results
 
 
@@ -104,12 +109,20 @@ def _prepare(rig: Rig) -> _Work:
     return _Work(photo, path, photo.read_bytes(), tensor, model)
 
 
-def _latencies(plan: Plan, step: Callable[[], None], session: remora.Session, work: _Work) -> dict[str, Any]:
+def _latencies(
+    plan: Plan, step: Callable[[], None], session: remora.Session, work: _Work, rig: Rig, oip_port: int
+) -> dict[str, Any]:
     """One client, one call after the other."""
     input_name = work.model.model.inputs[0].name
     identity_input = LocalModel.from_catalog(IDENTITY).model.inputs[0].name
     big = np.random.default_rng(1).random(_TENSOR_SHAPE, dtype=np.float32)
-    with echo(_SMALL_BYTES) as echo_small, echo(big.nbytes) as echo_big:
+    with (
+        echo(_SMALL_BYTES) as echo_small,
+        echo(big.nbytes) as echo_big,
+        grpc_echo(rig.directory, big) as grpc,
+        triton(rig.directory / "oip.sock", oip_port, IDENTITY, identity_input, big) as clients,
+    ):
+        peers = {**grpc, **clients}
         series = alternate(
             {
                 "echo_64": echo_small,
@@ -120,6 +133,7 @@ def _latencies(plan: Plan, step: Callable[[], None], session: remora.Session, wo
                 "classify_tensor": lambda: session.infer(MODEL, {input_name: work.tensor}),
                 "local_picture": work.local("picture"),
                 "classify_picture": lambda: session.classify(work.picture, model=MODEL),
+                **peers,
             },
             rounds=plan.rounds,
             seconds=plan.seconds,
@@ -135,7 +149,13 @@ def _latencies(plan: Plan, step: Callable[[], None], session: remora.Session, wo
 
     return {
         "noop": compare("noop", "echo_64"),
-        "tensor": compare("tensor", "echo_588k"),
+        "tensor": {
+            **compare("tensor", "echo_588k"),
+            "peers": [
+                {"name": name, **_figures(series[name]), "ratio": round(ratio(series[name], series["tensor"]), 3)}
+                for name in peers
+            ],
+        },
         "classify_tensor": compare("classify_tensor", "local_tensor"),
         "classify_picture": compare("classify_picture", "local_picture"),
     }
@@ -145,19 +165,19 @@ def _figures(series: Series) -> dict[str, Any]:
     return dict(series.as_json())
 
 
-def _throughput(plan: Plan, step: Callable[[], None], rig: Rig, work: _Work, kind: str) -> dict[str, Any]:
+def _throughput(plan: Plan, step: Callable[[], None], rig: Rig, work: _Work, kind: str, clients: int) -> dict[str, Any]:
     """Answers a second of N client processes, and of N threads in this process, in turn."""
     local: list[float] = []
     ours: list[float] = []
-    with _clients(plan.clients, rig, kind, work.path(kind)) as run_clients:
+    with _clients(clients, rig, kind, work.path(kind)) as run_clients:
         for _ in range(plan.throughput_rounds):
-            local.append(_run_threads(plan.clients, work.local(kind), plan.throughput_seconds))
+            local.append(_run_threads(clients, work.local(kind), plan.throughput_seconds))
             step()
             ours.append(run_clients(plan.throughput_seconds))
             step()
     return {
         "per_second": round(median(ours), 1),
-        "yardstick": {"name": f"{plan.clients} threads in one process", "per_second": round(median(local), 1)},
+        "yardstick": {"name": f"{clients} threads in one process", "per_second": round(median(local), 1)},
         "ratio": round(median(mine / theirs for mine, theirs in zip(ours, local, strict=True)), 3),
     }
 

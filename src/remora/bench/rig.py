@@ -27,12 +27,14 @@ class Rig:
 
 
 @contextmanager
-def agent(config: str | None = None, models: Path | None = None) -> Iterator[Rig]:
+def agent(config: str | None = None, models: Path | None = None, *, oip_port: int = 0) -> Iterator[Rig]:
     """Run an agent on a Unix socket in a temporary directory.
 
     Args:
         config: text of its configuration file.
         models: its catalogue; the machine's own unless given.
+        oip_port: port of the loopback on which it serves the Open Inference Protocol, too, besides the socket
+            `oip.sock` in its directory; 0: neither.
 
     Raises:
         UnavailableError: it ended before it listened; the message has the end of its log.
@@ -43,6 +45,8 @@ def agent(config: str | None = None, models: Path | None = None) -> Iterator[Rig
         address = f"unix://{directory}/accel.sock"
         log = directory / "agent.log"
         command = [sys.executable, "-m", "remora", "agent", "--listen", address, "--state", f"{directory}/state"]
+        if oip_port:
+            command += ["--listen", f"oip+unix://{directory}/oip.sock", "--listen", f"oip+tcp://127.0.0.1:{oip_port}"]
         if config is not None:
             (directory / "agent.toml").write_text(config)
             command += ["--config", f"{directory}/agent.toml"]

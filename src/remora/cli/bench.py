@@ -49,6 +49,8 @@ def _print_table(results: dict[str, Any]) -> None:
     for name, result in results.items():
         yardstick = result["yardstick"]
         table.add_row(name, _amount(result), _amount(yardstick), yardstick["name"], f"{result['ratio']:.2f}")
+        for peer in result.get("peers", ()):
+            table.add_row(f"  {peer['name']}", _amount(peer), _amount(result), "Remora", f"{peer['ratio']:.2f}")
     Console().print(table)
 
 
