@@ -65,6 +65,7 @@ class Sharing:
     def end(self, peer: Peer) -> None:
         """Take the regions of a connection that is gone from the workers."""
         regions, peer.regions = peer.regions, None
+        peer.forms = None  # they name the regions, too
         for region in (regions or {}).values():
             tenant = peer.identity.tenant
             self.bytes_per_tenant[tenant] -= region.size
