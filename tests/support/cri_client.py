@@ -21,7 +21,7 @@ import cri_v1 as cri
 from remora.wire.protobuf import Message
 
 _SERVICE = "/runtime.v1.RuntimeService"
-CALL_TIMEOUT_S = 90.0
+CALL_TIMEOUT_S = 300.0
 M = TypeVar("M", bound=Message)
 
 

@@ -7,7 +7,7 @@ fail() { echo "remora: $1"; $B reboot -f; }
 $B mount -t devtmpfs dev /dev
 $B mount -t sysfs sys /sys
 # The kernel hands arguments that it does not know to init: remora_net=1, remora_vsock=1, remora_disks=remora-os,l00.
-$B modprobe -a $($B cat /modules ${remora_net:+/modules.net} ${remora_vsock:+/modules.vsock}) || fail "a kernel module did not load"
+$B modprobe -a $($B cat /modules ${remora_pod:+/modules.pod} ${remora_vsock:+/modules.vsock}) || fail "a kernel module did not load"
 disk= tries=0
 while [ -z "$disk" ]; do
   for block in /sys/block/vd*; do

@@ -18,8 +18,9 @@ CHANNEL_PORT_NAME = "remora.0"
 MAX_SERIAL_BYTES = 20
 #: Kernel argument by which PID 1 learns that `remora.ready()` is to block until Resume.
 TEMPLATE_ARGUMENT = "remora.template=1"
-#: Kernel argument that has init load the network card's driver. Without a dot: then it is an environment variable.
-NETWORK_ARGUMENT = "remora_net=1"
+#: Kernel argument that has init load the drivers that only pods need: network cards, and the balloon by which freed
+#: memory goes back. Without a dot: then it is an environment variable of init.
+POD_ARGUMENT = "remora_pod=1"
 #: Likewise: the channel is on vsock and not on a virtio-serial port.
 VSOCK_ARGUMENT = "remora_vsock=1"
 #: Likewise: the disks' serials in the order of their devices, for monitors that give a disk no serial of ours.

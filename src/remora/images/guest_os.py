@@ -36,8 +36,8 @@ MODULES = (
     "overlay",
     "virtio-rng",
 )
-#: Loaded only where the microVM has a network card: they cost each boot some milliseconds.
-NETWORK_MODULES = ("virtio_net",)
+#: Loaded only in pods' microVMs: they cost each boot some milliseconds.
+POD_MODULES = ("virtio_net", "virtio_balloon")
 #: Loaded only where the monitor has a vsock device for the channel.
 VSOCK_MODULES = ("vmw_vsock_virtio_transport",)
 _FSTAB = """\
@@ -67,7 +67,7 @@ class GuestImage:
 
 def recipe_digest(packages: list[Package], package_folder: Path) -> str:
     """Return the name of the image that these packages and sources make."""
-    state = hashlib.sha256(f"{RECIPE}\n{MODULES}\n{NETWORK_MODULES}\n{VSOCK_MODULES}\n{_FSTAB}\n".encode())
+    state = hashlib.sha256(f"{RECIPE}\n{MODULES}\n{POD_MODULES}\n{VSOCK_MODULES}\n{_FSTAB}\n".encode())
     for package in packages:
         state.update(f"{package.name} {package.version} {package.architecture}\n".encode())
     builder = Path(__file__).parent
@@ -135,7 +135,7 @@ def build_initrd(modules: Modules, busybox: Path, init: Path) -> bytes:
     """Return the initrd: busybox, `init` and the modules that lead to the OS disk and the channel."""
     order = modules.load_order(MODULES)
     extras = {
-        "modules.net": [name for name in modules.load_order(NETWORK_MODULES) if name not in order],
+        "modules.pod": [name for name in modules.load_order(POD_MODULES) if name not in order],
         "modules.vsock": [name for name in modules.load_order(VSOCK_MODULES) if name not in order],
     }
     everything = (*order, *dict.fromkeys(name for names in extras.values() for name in names))

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from remora import paths
 from remora.errors import RemoraError, ResourceExhaustedError, UnavailableError
-from remora.guest.kernel import NETWORK_ARGUMENT, OS_DISK_SERIAL, kernel_arguments
+from remora.guest.kernel import OS_DISK_SERIAL, POD_ARGUMENT, kernel_arguments
 from remora.reactor import READ, Reactor
 from remora.sandboxes.clearing import process_start
 from remora.sandboxes.endings import why_ended
 from remora.sandboxes.guest import Guest, connect_when_up, identity
 from remora.sandboxes.guest_files import guest_files
-from remora.shim import network
+from remora.shim import boot_gate, network
 from remora.shim.settings import Settings, Size
 from remora.shim.tools import run
 from remora.vmm.bridge import Bridge
@@ -53,6 +54,8 @@ class MicroVm:
         self._disks = threading.Lock()
         self._slots: dict[str, Path | None] = {f"r{number:02}": None for number in range(SLOTS)}
         self.ended: RemoraError | None = None
+        #: When a stage of the boot was reached, by the monotonic clock.
+        self.moments: dict[str, float] = {}
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -71,17 +74,11 @@ class MicroVm:
             RemoraError: it did not come up; nothing runs then.
         """
         vm = self._spec(size, net)
-        timeout_s = self._settings.boot_timeout_s
-        self.in_reactor(lambda: self._start(vm))
-        try:
-            self._guest = self._come_up(timeout_s)
-        except UnavailableError:
-            if self.ended is not None:
-                raise self.ended from None
-            # A guest under emulation may hang while it boots (guest clock, busy host): once more, with more time.
-            self.in_reactor(self._drop)
-            self.in_reactor(lambda: self._start(vm))
-            self._guest = self._come_up(2 * timeout_s)
+        self.moments["disks_ready"] = time.monotonic()
+        with boot_gate.turn(paths.state_dir(), vm.accelerator):
+            self.moments["turn_came"] = time.monotonic()
+            self._boot(vm, self._settings.boot_timeout_s)
+        self.moments["guest_up"] = time.monotonic()
         self.pod(
             "Configure",
             v1.ConfigureRequest(
@@ -93,6 +90,18 @@ class MicroVm:
                 sysctls=[v1.Sysctl(name=key, value=value) for key, value in sysctls.items()],
             ),
         )
+
+    def _boot(self, vm: VmSpec, timeout_s: float) -> None:
+        self.in_reactor(lambda: self._start(vm))
+        try:
+            self._guest = self._come_up(timeout_s)
+        except UnavailableError:
+            if self.ended is not None:
+                raise self.ended from None
+            # A guest under emulation may hang while it boots (guest clock, busy host): once more, with more time.
+            self.in_reactor(self._drop)
+            self.in_reactor(lambda: self._start(vm))
+            self._guest = self._come_up(2 * timeout_s)
 
     def kill(self) -> None:
         """End the machine from any thread; every call to its guest fails from then on."""
@@ -119,13 +128,14 @@ class MicroVm:
         return VmSpec(
             kernel=files.kernel,
             initrd=files.initrd,
-            arguments=kernel_arguments(tsc_khz, extra=[NETWORK_ARGUMENT] if net.networks else []),
+            arguments=kernel_arguments(tsc_khz, extra=[POD_ARGUMENT]),
             memory_mib=size.memory_mib,
             cpus=size.cpus,
             accelerator=accel,
             disks=tuple(disks),
             networks=net.networks,
             slots=tuple(Slot(serial) for serial in self._slots),
+            reclaim=True,
         )
 
     def _scratch(self) -> Path:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Pod:
         self._seeded: set[str] = set()
         self._copying = threading.Lock()
         self._looking = False
+        self._began_s = time.monotonic()
+        self._stamps: dict[str, float] = {}
 
     @property
     def vm(self) -> MicroVm:
@@ -68,6 +71,7 @@ class Pod:
         Raises:
             RemoraError: with what to do about it; nothing is left then but the record, which `close` removes.
         """
+        self._began_s = time.monotonic()
         self._settings = settings.load(request.options)
         self._sandbox_config = config
         self._sandbox_id = spec.kind(config, request.id).sandbox
@@ -94,9 +98,12 @@ class Pod:
             vm.in_reactor(lambda: network.enter(netns))
             network.enter(netns)
             net = network.prepare()
+        self._stamp("network_ready")
         hostname = config.get("hostname") or self._sandbox_id[:12]
         vm.boot(size, net, name, hostname, spec.sysctls(config))
-        self._note(state="running", **vm.machine_fields())
+        self._stamps.update({name: self._since(at_s) for name, at_s in vm.moments.items()})
+        self._stamp("pod_ready")
+        self._note(state="running", stamps=self._stamps, **vm.machine_fields())
         self._copies = syncing.Copies(lambda files: vm.pod("PutFiles", files))
         if net.networks:
             self._open_forward(vm)
@@ -107,6 +114,13 @@ class Pod:
             self._reactor.post(self._forward.start)
         except RemoraError as error:
             print(f"remora shim: port-forward does not work: {error}", file=sys.stderr)
+
+    def _stamp(self, name: str) -> None:
+        """Note how long after Create a stage was reached, the first time."""
+        self._stamps.setdefault(name, self._since(time.monotonic()))
+
+    def _since(self, at_s: float) -> float:
+        return round((at_s - self._began_s) * 1000, 1)
 
     def _note(self, **fields: Any) -> None:
         if self._record is not None:

@@ -23,6 +23,9 @@ _KERNEL_MOUNTS = ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgrou
 #: What a host's driver adds to a container and a microVM has no use for.
 _DROPPED_RESOURCES = ("devices", "hugepageLimits", "network", "rdma", "blockIO", "unified")
 
+#: Major number of misc devices (Documentation/admin-guide/devices.txt).
+_MISC = 10
+
 #: Returns where in the guest a bind mount's source is; raises for what cannot be had.
 Resolve = Callable[[dict[str, Any]], str]
 
@@ -160,6 +163,12 @@ def _refuse(config: dict[str, Any]) -> None:
             f"the container has OCI hooks ({', '.join(named)}), which run programs of the host",
             fix="remove what injects them (a device runtime, for instance) from this runtime class",
         )
+    for device in (config.get("linux") or {}).get("devices") or []:
+        if not _is_common(device):
+            raise InvalidArgumentError(
+                f"the device {device.get('path')} is the host's, and a microVM shares none",
+                fix="remove it; block volumes (volumeDevices) and privileged: true with host devices cannot be had",
+            )
     if any(n.get("type") == "user" for n in _namespaces(config)):
         raise InvalidArgumentError(
             "user namespaces (hostUsers: false) are not passed into the microVM",
@@ -204,8 +213,13 @@ def _device_rules(linux: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the character devices that are the same in any kernel: misc ones such as /dev/fuse and /dev/net/tun."""
-    return [d for d in linux.get("devices") or [] if d.get("type") == "c" and d.get("major") == 10]
+    # /dev/null and its kin are made by crun, as in any container.
+    return [device for device in linux.get("devices") or [] if device.get("major") == _MISC]
+
+
+def _is_common(device: dict[str, Any]) -> bool:
+    """True for devices that are the same in every kernel: misc (/dev/fuse, /dev/net/tun), memory and terminals."""
+    return device.get("type") in ("c", "u") and device.get("major") in (1, 5, _MISC)
 
 
 def _own_sysctls(config: dict[str, Any]) -> dict[str, str]:

@@ -61,9 +61,11 @@ def check(spec: VmSpec) -> None:
             f"the image and its mounts need {len(spec.disks)} disks and a microVM takes {MAX_DISKS}",
             fix="build the image with fewer layers",
         )
-    devices = len(spec.disks) + len(spec.slots) + len(spec.networks)
+    devices = len(spec.disks) + len(spec.slots) + len(spec.networks) + spec.reclaim
     if devices > MAX_DEVICES:
         raise InvalidArgumentError(f"{devices} disks and network cards were asked for; a microVM takes {MAX_DEVICES}")
+    if spec.reclaim and spec.ram_file is not None:
+        raise InvalidArgumentError("a template's memory is a file, from which nothing can be given back")
     if any(network.receive != Rate() or network.send != Rate() for network in spec.networks):
         raise InvalidArgumentError("QEMU does not bound a network's rate", fix="have CNI's bandwidth plugin do it")
     for serial in (*(disk.serial for disk in spec.disks), *(slot.serial for slot in spec.slots)):
@@ -123,6 +125,8 @@ def command_line(
     for number, network in enumerate(spec.networks):
         arguments += ["-netdev", f"tap,id=n{number},ifname={network.tap},script=no,downscript=no"]
         arguments += ["-device", f"virtio-net-device,netdev=n{number},mac={network.mac}"]
+    if spec.reclaim:
+        arguments += ["-device", "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on"]
     if spec.incoming:
         arguments += ["-incoming", "defer"]
     return tuple(arguments)

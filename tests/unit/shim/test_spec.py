@@ -125,10 +125,13 @@ def test_what_cannot_be_had_is_refused_by_name(changes: dict[str, Any], name: st
 def test_only_devices_that_every_kernel_has_are_passed_on() -> None:
     value = config()
     fuse = {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
-    value["linux"]["devices"] = [fuse, {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]
+    value["linux"]["devices"] = [fuse, {"path": "/dev/null", "type": "c", "major": 1, "minor": 3}]
     result = made(value)["linux"]
     assert result["devices"] == [fuse]
     assert {"allow": True, "type": "c", "major": 10, "minor": 229, "access": "rwm"} in result["resources"]["devices"]
+    value["linux"]["devices"] = [{"path": "/dev/xvda", "type": "b", "major": 202, "minor": 0}]
+    with pytest.raises(InvalidArgumentError, match="/dev/xvda"):
+        made(value)
 
 
 def test_a_container_outside_kubernetes_is_a_microvm_of_its_own() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from remora.errors import InvalidArgumentError
-from remora.vmm.contract import Disk, VmSpec
-from remora.vmm.qemu import MAX_DISKS, command_line
+from remora.vmm.contract import Disk, Network, Rate, Slot, VmSpec
+from remora.vmm.qemu import MAX_DEVICES, MAX_DISKS, command_line
 
 SPEC = VmSpec(
     kernel=Path("/os/kernel"),
@@ -57,7 +57,23 @@ def test_a_template_shares_its_memory_file_and_a_clone_does_not() -> None:
     assert clone == line(template).replace("share=on", "share=off") + " -incoming defer"
 
 
-def test_there_is_no_network_device_and_no_writable_disk() -> None:
+def test_a_pods_machine_has_slots_a_writable_disk_a_card_and_gives_memory_back() -> None:
+    pod = SPEC._replace(
+        disks=(*SPEC.disks, Disk("scratch", Path("/pod/scratch"), readonly=False)),
+        slots=(Slot("r00"),),
+        networks=(Network("tap0", "02:00:00:00:00:01"),),
+        reclaim=True,
+    )
+    text = line(pod)
+    assert "file=/pod/scratch,format=raw,if=none,readonly=off,cache=unsafe,discard=unmap" in text
+    assert '"node-name": "r00", "read-only": true' in text
+    assert "virtio-blk-device,drive=r00,serial=r00" in text
+    assert "tap,id=n0,ifname=tap0,script=no,downscript=no" in text
+    assert "virtio-net-device,netdev=n0,mac=02:00:00:00:00:01" in text
+    assert "virtio-balloon-device,free-page-reporting=on" in text
+
+
+def test_without_being_asked_there_is_no_network_device_and_no_writable_disk() -> None:
     assert "net" not in line(SPEC)
     assert line(SPEC).count("-drive") == line(SPEC).count("readonly=on")
 
@@ -69,6 +85,9 @@ def test_there_is_no_network_device_and_no_writable_disk() -> None:
         (SPEC._replace(cpus=0), "0 CPUs"),
         (SPEC._replace(disks=(Disk("l00", Path("/x")),) * (MAX_DISKS + 1)), f"a microVM takes {MAX_DISKS}"),
         (SPEC._replace(disks=(Disk("x" * 21, Path("/x")),)), "more than 20"),
+        (SPEC._replace(slots=(Slot("s"),) * MAX_DEVICES), f"a microVM takes {MAX_DEVICES}"),
+        (SPEC._replace(networks=(Network("t", "m", send=Rate(1)),)), "does not bound a network's rate"),
+        (SPEC._replace(ram_file=Path("/t/ram"), reclaim=True), "nothing can be given back"),
     ],
 )
 def test_what_the_machine_cannot_hold_is_refused_with_the_bound(spec: VmSpec, words: str) -> None:
