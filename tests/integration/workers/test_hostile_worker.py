@@ -19,7 +19,7 @@ from remora.workers.settings import WorkerSettings
 
 #: A worker that behaves until it gets a job, and then runs `attack`. It has the real one's sockets and confinement.
 BOOT = """
-import sys, socket, json, mmap, os, threading
+import sys, socket, json, mmap, os, struct, threading
 sys.path[:0] = sys.argv[1].split(':')
 jobs, control = (socket.socket(fileno=int(fd)) for fd in sys.argv[2:4])
 def say(sock, message): sock.send(json.dumps(message).encode())
@@ -41,7 +41,7 @@ threading.Thread(target=serve).start()
 while True:
     data = jobs.recv(65536)
     if not data: os._exit(0)
-    job = json.loads(data)
+    job = dict(zip(('id', 'm', 'a'), struct.unpack_from('<BBHQII', data)[3:]))
     exec({attack!r})
 """
 
@@ -56,6 +56,16 @@ ATTACKS = {
     ),
     "an output before its block": (
         "say(jobs, {'t': 'done', 'id': job['id'], 'us': 1, 'out': [['output', 'float32', [1, 1, 1, 1], -4, 4]]})"
+    ),
+    "a packed answer cut short": "jobs.send(struct.pack('<BQQ', 0xB7, job['id'], 1))",
+    "a packed answer without outputs": "jobs.send(struct.pack('<BQQQQ', 0xB7, job['id'], 1, 1, 0))",
+    "a packed output outside its block": (
+        "jobs.send(struct.pack('<BQQQQ', 0xB7, job['id'], 1, 1, 1 << 40)"
+        " + json.dumps([['output', 'float32', [1, 1, 1, 1], 1 << 20, 4]]).encode())"
+    ),
+    "a packed answer that took for ever": (
+        "jobs.send(struct.pack('<BQQQQ', 0xB7, job['id'], (1 << 64) - 1, 1, 0)"
+        " + json.dumps([['output', 'float32', [1, 1, 1, 1], 0, 4]]).encode())"
     ),
     "a negative time": "say(jobs, {'t': 'failed', 'id': job['id'], 'us': -1, 'error': [3, 'x', '']})",
     "a wrong error": "say(jobs, {'t': 'failed', 'id': job['id'], 'us': 1, 'error': 'x'})",
