@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
 
 from agent_process import AgentProcess, Guest, identity_request, wait_until
 from remora.errors import (
@@ -228,10 +229,17 @@ def test_metrics_and_health_are_served(agent: AgentProcess) -> None:
         text = http_get(agent.metrics, "/metrics").decode()
     assert http_get(agent.metrics, "/healthz").startswith(b"HTTP/1.1 200 ")
     assert http_get(agent.metrics, "/readyz").startswith(b"HTTP/1.1 200 ")
-    assert 'remora_requests_total{code="OK",door="native",method="Infer"' in text
-    assert 'remora_refusals_total{rule="NOT_FOUND"' in text
-    assert 'remora_stage_seconds_bucket{le="+Inf",model="identity",operation="infer",stage="run"}' in text
-    assert 'remora_worker_busy{device="cpu",domain="shared"' in text
+    samples = [
+        (sample.name, sample.labels) for family in parse(text.partition("\r\n\r\n")[2]) for sample in family.samples
+    ]
+
+    def has(name: str, **labels: str) -> bool:
+        return any(found == name and labels.items() <= given.items() for found, given in samples)
+
+    assert has("remora_requests_total", code="OK", door="native", method="Infer")
+    assert has("remora_refusals_total", rule="NOT_FOUND")
+    assert has("remora_stage_seconds_bucket", le="+Inf", model="identity", operation="infer", stage="run")
+    assert has("remora_worker_busy", device="cpu", domain="shared")
 
 
 def test_a_refused_request_is_a_line_in_the_log(agent: AgentProcess) -> None:
