@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 DEMO_VMS ?= 4
 PYTEST_ARGS ?=
 
-.PHONY: help setup system demo test lint format bench docs models guest clean
+.PHONY: help setup system demo test test-kubernetes lint format bench docs models guest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -47,6 +47,9 @@ format: setup ## put the sources in order
 
 test: lint models guest ## every check: lint, unit, contract, integration, end to end with real microVMs
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+test-kubernetes: models guest ## the same on a real Kubernetes, built once from its modules (long)
+	@REMORA_TEST_KUBERNETES=1 $(BIN)/pytest $(PYTEST_ARGS) tests/kubernetes
 
 bench: setup models ## measure against named yardsticks, JSON out
 	@$(BIN)/remora bench --output build/bench.json

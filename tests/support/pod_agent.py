@@ -1,0 +1,82 @@
+"""The node's agent beside a containerd of the tests, and the classification service that pods run against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from container_images import busybox_layer, file_layer, python_layer
+from containerd_process import Containerd
+from remora import paths
+
+IMAGE = "localhost/remora/classify:1"
+MODEL = "efficientnet-lite0"
+_SERVICE = Path(__file__).parents[2] / "examples/classify/service.py"
+
+
+class Agent:
+    """The node's agent on the sockets of this containerd's run-time directory."""
+
+    def __init__(self, containerd: Containerd, state: Path) -> None:
+        self._containerd = containerd
+        self._state = state
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = state.with_suffix(".log")
+
+    def start(self) -> None:
+        read_end, write_end = os.pipe()
+        command = [sys.executable, "-m", "remora", "agent", "--state", str(self._state), "--ready-fd", str(write_end)]
+        environment = {**os.environ, "REMORA_RUNTIME_DIR": str(self._containerd.runtime)}
+        with self.log.open("ab") as log, os.fdopen(read_end) as ready:
+            self._process = subprocess.Popen(command, env=environment, stderr=log, pass_fds=[write_end])
+            os.close(write_end)
+            assert ready.readline(), self.log.read_text()
+
+    def stop(self, signum: int = signal.SIGTERM) -> None:
+        if self._process is not None:
+            self._process.send_signal(signum)
+            self._process.wait(30)
+            self._process = None
+
+    def ask(self, *arguments: str) -> str:
+        environment = {**os.environ, "REMORA_RUNTIME_DIR": str(self._containerd.runtime)}
+        command = [sys.executable, "-m", "remora", *arguments]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def add_service_image(containerd: Containerd, scratch: Path) -> None:
+    """Give containerd the classification service as an image, with nothing in it but Python."""
+    if not (paths.state_dir() / "models" / MODEL).is_dir():
+        pytest.skip(f"the model {MODEL} is missing: run remora models build")
+    layers = [busybox_layer(), python_layer(scratch), file_layer({"srv/service.py": _SERVICE.read_bytes()})]
+    containerd.add_image(IMAGE, layers, Cmd=["python3", "/srv/service.py"], Env=["PATH=/usr/bin:/bin"])
+
+
+def classify(address: str, picture: bytes, timeout_s: float = 60.0) -> list[list[object]]:
+    """POST a picture to the service at `address`, again until it answers."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            with urlopen(Request(f"http://{address}:8080/classify", data=picture), timeout=20) as answer:
+                labels: list[list[object]] = json.loads(answer.read())["labels"]
+                return labels
+        except (OSError, HTTPError):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+
+
+def photos() -> list[Path]:
+    """Return some photographs whose names tell the right label."""
+    found = sorted((paths.state_dir() / "photos").glob("*.jpg"))[:5]
+    if not found:
+        pytest.skip("the labelled photographs are missing: run make demo")
+    return found
