@@ -30,7 +30,7 @@ apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {{anonymous: {{enabled: true}}, webhook: {{enabled: false}}}}
 authorization: {{mode: AlwaysAllow}}
-address: 127.0.0.1
+address: {node}
 port: {port}
 healthzPort: 0
 readOnlyPort: 0
@@ -72,6 +72,9 @@ class Cluster:
         self._ports = _free_ports(5)
         self._tokens = {name: secrets.token_hex(16) for name in ("admin", "controller", "scheduler", "node")}
         self._cgroup = f"/remora-test-{os.getpid()}"
+        #: The kubelet takes no loopback address for its node, so the node has an interface of its own.
+        self._interface = f"rmk{os.getpid() % 100000}"
+        self._node = f"10.215.{os.getpid() % 250}.1"
 
     def __enter__(self) -> Cluster:
         try:
@@ -148,6 +151,9 @@ class Cluster:
             config = _KUBECONFIG.format(port=self._ports[2], user=name, token=token)
             (self.base / f"{name}.conf").write_text(config)
         (self.base / "tokens.csv").write_text("\n".join(rows) + "\n")
+        subprocess.run(["ip", "link", "add", self._interface, "type", "dummy"], check=True)
+        subprocess.run(["ip", "addr", "add", f"{self._node}/32", "dev", self._interface], check=True)
+        subprocess.run(["ip", "link", "set", self._interface, "up"], check=True)
         self._start_etcd()
         self._start_apiserver()
         self.wait("the API server", lambda: self.kubectl("get", "--raw", "/readyz") == "ok")
@@ -212,7 +218,7 @@ class Cluster:
 
     def _start_kubelet(self) -> None:
         config = self.base / "kubelet.yaml"
-        config.write_text(_KUBELET.format(base=self.base, port=self._ports[3], cgroup=self._cgroup))
+        config.write_text(_KUBELET.format(base=self.base, node=self._node, port=self._ports[3], cgroup=self._cgroup))
         self._make_cgroups()
         self._spawn(
             "kubelet",
@@ -221,7 +227,7 @@ class Cluster:
             f"--root-dir={self.base}/kubelet",
             f"--cert-dir={self.base}/kubelet-certs",
             f"--hostname-override={NODE}",
-            "--node-ip=127.0.0.1",
+            f"--node-ip={self._node}",
         )
 
     def _make_cgroups(self) -> None:
@@ -263,6 +269,7 @@ class Cluster:
             print(self.tails(), file=sys.stderr)
         for name in ("kubelet", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"):
             self._end(name, signal.SIGTERM)
+        subprocess.run(["ip", "link", "del", self._interface], capture_output=True, check=False)
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
             target = line.split(" ")[1]
             if target.startswith(f"{self.base}/kubelet"):
