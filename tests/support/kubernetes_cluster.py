@@ -151,7 +151,7 @@ class Cluster:
             config = _KUBECONFIG.format(port=self._ports[2], user=name, token=token)
             (self.base / f"{name}.conf").write_text(config)
         (self.base / "tokens.csv").write_text("\n".join(rows) + "\n")
-        subprocess.run(["ip", "link", "add", self._interface, "type", "dummy"], check=True)
+        subprocess.run(["ip", "link", "add", self._interface, "type", "bridge"], check=True)
         subprocess.run(["ip", "addr", "add", f"{self._node}/32", "dev", self._interface], check=True)
         subprocess.run(["ip", "link", "set", self._interface, "up"], check=True)
         self._start_etcd()
