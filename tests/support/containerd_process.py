@@ -124,7 +124,7 @@ class Containerd:
 
     def __init__(self, index: int = os.getpid() % 200) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="remora-ctd-"))
-        self.bridge = f"rmt{os.getpid() % 100000}"
+        self.bridge = f"rmt{index}x{os.getpid() % 100000}"
         self.subnet = f"10.213.{index + 1}"
         self.runtime = self.base / "r"
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,4 +1,4 @@
-"""One real containerd for all tests of the shim, with Remora as its runtime."""
+"""A real containerd for each module of the shim's tests, with Remora as its runtime: what one leaves, no other sees."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from remora import paths
 from remora.sandboxes.guest_files import guest_files
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def containerd() -> Iterator[Containerd]:
     lacking = missing()
     if lacking:

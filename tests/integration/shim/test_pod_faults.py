@@ -31,8 +31,8 @@ def test_a_removed_pod_leaves_nothing_and_its_processes_were_in_its_cgroup(conta
     assert stats.memory.working_set_bytes.value > 50 << 20, "the microVM's memory is the pod's"
     netns = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     pod.remove()
-    assert leftovers(containerd, pod) == []
-    assert not list(containerd.runtime.glob("shim/*"))
+    wait_until(lambda: leftovers(containerd, pod) == [], f"nothing is left: {leftovers(containerd, pod)}")
+    wait_until(lambda: not list(containerd.runtime.glob("shim/*")), "no directory of a shim is left")
     after = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     assert len(after.splitlines()) < len(netns.splitlines())
     for folder in Path("/sys/fs/cgroup").glob(f"**{parent}"):
@@ -48,7 +48,7 @@ def test_a_killed_microvm_is_the_end_of_its_containers_and_of_the_pod(containerd
     with pytest.raises(CriError):
         pod.start("true")
     pod.remove()
-    assert leftovers(containerd, pod) == []
+    wait_until(lambda: leftovers(containerd, pod) == [], f"nothing is left: {leftovers(containerd, pod)}")
 
 
 def test_a_killed_shim_takes_its_microvm_along_and_is_cleared_up_after(containerd: Containerd) -> None:
@@ -59,8 +59,8 @@ def test_a_killed_shim_takes_its_microvm_along_and_is_cleared_up_after(container
     assert container.wait().state == cri.EXITED
     wait_until(lambda: not Path(f"/proc/{fields['machine_pid']}/exe").exists(), "the microVM has ended")
     pod.remove()
-    assert leftovers(containerd, pod) == []
-    assert not list(containerd.runtime.glob("shim/*"))
+    wait_until(lambda: leftovers(containerd, pod) == [], f"nothing is left: {leftovers(containerd, pod)}")
+    wait_until(lambda: not list(containerd.runtime.glob("shim/*")), "no directory of a shim is left")
 
 
 def test_pods_outlive_a_killed_containerd_and_are_known_to_the_next(containerd: Containerd) -> None:
@@ -80,7 +80,7 @@ def test_pods_outlive_a_killed_containerd_and_are_known_to_the_next(containerd: 
     assert numbers == sorted(numbers)
     container.stop(0)
     pod.remove()
-    assert leftovers(containerd, pod) == []
+    wait_until(lambda: leftovers(containerd, pod) == [], f"nothing is left: {leftovers(containerd, pod)}")
 
 
 def test_a_pod_whose_shim_and_containerd_were_killed_together_is_cleared_up(containerd: Containerd) -> None:
