@@ -1,0 +1,67 @@
+"""`remora node`: what a Kubernetes node runs beside its agent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+from pathlib import Path
+
+from remora import paths
+
+NAME = "node"
+HELP = "serve the node's shares of accelerators to its kubelet"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("plugin",), help="plugin: be the kubelet's device plugin, until SIGTERM")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="advertise remora.dev/gpu for N GPUs")
+    parser.add_argument(
+        "--cpus", type=int, metavar="N", help="advertise remora.dev/cpu for N processors (default: all, 0: not at all)"
+    )
+    parser.add_argument("--shares", type=int, default=10, metavar="N", help="shares of each device (default: 10)")
+    parser.add_argument(
+        "--kubelet",
+        type=Path,
+        default=Path("/var/lib/kubelet/device-plugins"),
+        metavar="DIR",
+        help="the kubelet's directory of plugins (default: /var/lib/kubelet/device-plugins)",
+    )
+    parser.add_argument(
+        "--control", type=Path, metavar="PATH", help=f"the agent's control socket (default: {paths.control_socket()})"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from remora.agent import status
+    from remora.errors import InvalidArgumentError, RemoraError
+    from remora.kube.plugin import DevicePlugin
+    from remora.kube.shares import Resource
+
+    control = (args.control or paths.control_socket()).absolute()
+    cpus = len(os.sched_getaffinity(0)) if args.cpus is None else args.cpus
+    resources = [Resource(kind, n, args.shares) for kind, n in (("gpu", args.gpus), ("cpu", cpus)) if n]
+    if not resources:
+        raise InvalidArgumentError("there is nothing to advertise", fix="give --gpus N or --cpus N")
+
+    def healthy() -> bool:
+        try:
+            return status.health(control) == "serving"
+        except RemoraError:
+            return False
+
+    plugins = [DevicePlugin(resource, args.kubelet, healthy) for resource in resources]
+    threads = [threading.Thread(target=plugin.run, name="plugin") for plugin in plugins]
+
+    def stop(_signum: int, _frame: object) -> None:
+        for plugin in plugins:
+            plugin.stop()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return 0

@@ -1,0 +1,1 @@
+"""Remora's parts that Kubernetes itself talks to."""
