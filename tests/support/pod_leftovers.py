@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,8 @@ def leftovers(containerd: Containerd, pod: Pod) -> list[str]:
     found += [
         f"mount {line.split()[1]}" for line in Path("/proc/self/mounts").read_text().splitlines() if pod.id in line
     ]
-    found += [f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"**/{pod.id}")]
+    # Not by glob, which fails where others remove groups meanwhile.
+    found += [f"cgroup {folder}/{pod.id}" for folder, below, _ in os.walk("/sys/fs/cgroup") if pod.id in below]
     found += [f"bundle {path}" for path in containerd.base.glob(f"state/io.containerd.runtime.v2.task/*/{pod.id}")]
     return found
 

@@ -96,9 +96,30 @@ class TaskService:
             self._reactor.on_error(error)
             self._later(call.fail, internal)
         else:
-            self._later(call.respond, answer)
+            if call.method == "Create":
+                self._later(lambda created: self._created(call, created, request.id), answer)
+            else:
+                self._later(call.respond, answer)
 
-    def _later(self, what: Callable[[Any], bool], value: Any) -> None:
+    def _created(self, call: Call, answer: Message, container: str) -> bool:
+        """Answer a Create; undo it where its caller has gone meanwhile (containerd died while the microVM booted): the
+        next containerd has looked already, and would never ask for it."""
+        if call.respond(answer):
+            return True
+        threading.Thread(target=self._undo, args=(container,), name="undo", daemon=True).start()
+        return False
+
+    def _undo(self, container: str) -> None:
+        task = self._tasks.get(container)
+        if task is None or task.process.status != c.CREATED:
+            return
+        try:
+            self._delete(c.ProcessRequest(id=container))
+        except RemoraError as error:
+            self._reactor.on_error(error)
+        self._later(self._shut_down_if_empty, None)
+
+    def _later(self, what: Callable[[Any], object], value: Any) -> None:
         def now() -> None:
             what(value)
 
@@ -340,10 +361,13 @@ class TaskService:
         return answer
 
     def _shutdown(self, _request: c.ShutdownRequest) -> c.Empty:
-        if not self._tasks:
-            # The answer needs the loop's next turns to go out.
-            self._reactor.call_later(0.02, self._on_idle)
+        self._shut_down_if_empty(None)
         return c.Empty()
+
+    def _shut_down_if_empty(self, _nothing: None) -> None:
+        if not self._tasks:
+            # An answer needs the loop's next turns to go out.
+            self._reactor.call_later(0.02, self._on_idle)
 
     def _machine_ended(self, error: RemoraError) -> None:
         self._reactor.on_error(error)

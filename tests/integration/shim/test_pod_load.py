@@ -68,16 +68,20 @@ def test_kills_at_random_moments_leave_nothing_once_the_pod_is_removed(container
             containerd.kill()
             containerd.start()
         for sandbox in containerd.sandboxes(f"fault-{number}"):
-            Pod(containerd.cri, sandbox).remove()
-            _until_gone(containerd, Pod(containerd.cri, sandbox))
+            pod = Pod(containerd.cri, sandbox)
+            pod.remove()
+            _until_gone(containerd, pod, f"{victim} killed after {delay_s:.2f} s")
         wait_until(lambda: not list(containerd.runtime.glob("s/*")), f"no sandbox is left ({victim}, {delay_s:.2f} s)")
         wait_until(
             lambda: not list(containerd.runtime.glob("shim/*")), f"no socket is left ({victim}, {delay_s:.2f} s)"
         )
 
 
-def _until_gone(containerd: Containerd, pod: Pod) -> None:
-    wait_until(lambda: not leftovers(containerd, pod), "nothing of the pod is left")
+def _until_gone(containerd: Containerd, pod: Pod, when: str) -> None:
+    try:
+        wait_until(lambda: not leftovers(containerd, pod), "nothing of the pod is left")
+    except AssertionError as error:
+        raise AssertionError(f"{when}: {leftovers(containerd, pod)}") from error
 
 
 def _kill(containerd: Containerd, name: str, victim: str, delay_s: float) -> None:
