@@ -29,6 +29,8 @@ class Pump:
         self._target = target
         self._on_end = on_end
         self._watched = -1
+        #: Read, and not taken by the target yet.
+        self._unwritten = memoryview(b"")
         pipes = stat.S_ISFIFO(os.fstat(source).st_mode), stat.S_ISFIFO(os.fstat(target).st_mode)
         self._splices = any(pipes)
         self._watch(source)
@@ -63,18 +65,20 @@ class Pump:
                 waited_for_source = False
         except BlockingIOError:
             # Of the two, it is the one that was not just ready.
-            self._watch(self._target if waited_for_source else self._source)
+            self._watch(self._target if waited_for_source or self._unwritten else self._source)
         except OSError:
             self._end()
 
     def _move(self) -> int:
         if self._splices:
             return os.splice(self._source, self._target, _CHUNK_BYTES, flags=_SPLICE_FLAGS)
-        data = os.read(self._source, 65536)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._target, view) :]
-        return len(data)
+        if not self._unwritten:
+            self._unwritten = memoryview(os.read(self._source, 65536))
+            if not self._unwritten:
+                return 0
+        written = os.write(self._target, self._unwritten)
+        self._unwritten = self._unwritten[written:]
+        return written
 
     def _end(self) -> None:
         self.close()
