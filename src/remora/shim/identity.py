@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from binascii import Error, a2b_base64
-from pathlib import Path
 from typing import Any
 
 from remora.sandboxes.launch import AttachSpec
@@ -13,7 +10,9 @@ from remora.shim import settings as runtime
 
 _PREFIX = "io.kubernetes.cri.sandbox-"
 _OWN_LABEL = "io.remora.label."
-_TOKEN = "/var/run/secrets/kubernetes.io/serviceaccount"
+#: Labels that only Kubernetes may set. Of the service account nothing is known: a pod may mount a token that it has
+#: written itself where its own would be, and nobody here can check a signature.
+_RESERVED = ("namespace", "pod", "uid", "service_account")
 #: Bounds of the agent (agent/attachments.py, agent/identity.py).
 _MAX_NAME = 128
 _MAX_LABEL = 200
@@ -28,9 +27,11 @@ def wanted(settings: runtime.Settings, config: dict[str, Any]) -> bool:
 def attach_spec(settings: runtime.Settings, sandbox: dict[str, Any], container: dict[str, Any]) -> AttachSpec:
     """Return the attachment of a pod.
 
+    A tenant that a pod names is one of its namespace, as whoever writes a pod is trusted in its namespace only.
+
     Args:
         sandbox: config.json of the pod's sandbox.
-        container: config.json of its first container, whose token names the service account.
+        container: config.json of its first container.
     """
     annotations = {**(container.get("annotations") or {}), **(sandbox.get("annotations") or {})}
     labels = {
@@ -38,15 +39,14 @@ def attach_spec(settings: runtime.Settings, sandbox: dict[str, Any], container: 
         for name, key in (("namespace", "namespace"), ("pod", "name"), ("uid", "uid"))
         if annotations.get(f"{_PREFIX}{key}")
     }
-    account = service_account(container)
-    if account:
-        labels["service_account"] = account[:_MAX_LABEL]
     for key, value in annotations.items():
-        if key.startswith(_OWN_LABEL) and key[len(_OWN_LABEL) :] not in labels:
+        if key.startswith(_OWN_LABEL) and key[len(_OWN_LABEL) :] not in _RESERVED:
             labels[key[len(_OWN_LABEL) :]] = value[:_MAX_LABEL]
-    return AttachSpec(
-        runtime.control_socket(settings), annotations.get("io.remora.tenant", ""), tuple(sorted(labels.items()))
-    )
+    tenant = annotations.get("io.remora.tenant", "")
+    if tenant and "namespace" in labels:
+        # No namespace has a dot in its name (RFC 1123 label), so that no two pairs make the same tenant.
+        tenant = f"{labels['namespace']}.{tenant}"
+    return AttachSpec(runtime.control_socket(settings), tenant, tuple(sorted(labels.items())))
 
 
 def sandbox_name(config: dict[str, Any], sandbox_id: str) -> str:
@@ -57,19 +57,3 @@ def sandbox_name(config: dict[str, Any], sandbox_id: str) -> str:
     if not name:
         return re.sub(r"[^a-zA-Z0-9_.-]", "-", f"ctr.{sandbox_id}")[:_MAX_NAME]
     return re.sub(r"[^a-zA-Z0-9_.-]", "-", f"{namespace}.{name}")[: _MAX_NAME - 9] + f".{short}"
-
-
-def service_account(container: dict[str, Any]) -> str:
-    """Return the service account by the token that the kubelet has put into the container; empty if there is none.
-
-    The token is read from the kubelet's own directory on the host, so its signature need not be checked.
-    """
-    for mount in container.get("mounts") or []:
-        if mount.get("destination") == _TOKEN:
-            try:
-                part = (Path(mount["source"]) / "token").read_text().split(".")[1]
-                claims = json.loads(a2b_base64(part.replace("-", "+").replace("_", "/") + "=" * (-len(part) % 4)))
-                return str(claims["kubernetes.io"]["serviceaccount"]["name"])
-            except (OSError, IndexError, KeyError, TypeError, ValueError, Error):
-                return ""
-    return ""

@@ -58,10 +58,7 @@ def test_an_annotation_cannot_exceed_the_nodes_bounds() -> None:
         settings.size(settings.Settings(max_memory_mib=1024), {"annotations": {"io.remora.memory": "2G"}})
 
 
-def test_a_pod_is_known_by_namespace_name_and_service_account(tmp_path: Path) -> None:
-    claims = {"kubernetes.io": {"serviceaccount": {"name": "robot"}}}
-    payload = urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
-    (tmp_path / "token").write_text(f"header.{payload}.signature")
+def test_a_pod_is_known_by_namespace_and_name() -> None:
     sandbox = {
         "annotations": {
             f"{CRI}namespace": "prod",
@@ -72,18 +69,39 @@ def test_a_pod_is_known_by_namespace_name_and_service_account(tmp_path: Path) ->
             "io.remora.tenant": "acme",
         }
     }
-    container = {
-        "mounts": [{"destination": "/var/run/secrets/kubernetes.io/serviceaccount", "source": str(tmp_path)}],
-    }
-    attach = identity.attach_spec(settings.Settings(), sandbox, container)
-    assert attach.tenant == "acme"
-    assert dict(attach.labels) == {
-        "namespace": "prod", "pod": "web-1", "uid": "u-1", "service_account": "robot", "tier": "gold",
-    }  # fmt: skip
+    attach = identity.attach_spec(settings.Settings(), sandbox, {})
+    assert attach.tenant == "prod.acme"
+    assert dict(attach.labels) == {"namespace": "prod", "pod": "web-1", "uid": "u-1", "tier": "gold"}
     assert identity.sandbox_name(sandbox, "abcdef0123456789") == "prod.web-1.abcdef01"
     assert len(identity.sandbox_name({"annotations": {f"{CRI}name": "x" * 253}}, "abc")) <= 128
     assert identity.wanted(settings.Settings(), sandbox)
     assert not identity.wanted(settings.Settings(), {"annotations": {"io.remora.accelerator": "false"}})
+
+
+def test_a_pod_cannot_claim_a_service_account_by_a_token_of_its_own_or_an_annotation(tmp_path: Path) -> None:
+    claims = {"kubernetes.io": {"serviceaccount": {"name": "admin"}}}
+    payload = urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    (tmp_path / "token").write_text(f"header.{payload}.forged")
+    place = "/var/run/secrets/kubernetes.io/serviceaccount"
+    container = {"mounts": [{"destination": place, "source": str(tmp_path)}]}
+    sandbox = {"annotations": {f"{CRI}name": "web", "io.remora.label.service_account": "admin"}}
+    attach = identity.attach_spec(settings.Settings(), sandbox, container)
+    assert dict(attach.labels) == {"pod": "web"}
+
+
+def test_a_pod_cannot_join_a_tenant_of_another_namespace() -> None:
+    def tenant(namespace: str) -> str:
+        annotations = {f"{CRI}namespace": namespace, "io.remora.tenant": "acme"}
+        return identity.attach_spec(settings.Settings(), {"annotations": annotations}, {}).tenant
+
+    assert tenant("prod") == tenant("prod")
+    assert tenant("prod") != tenant("evil")
+
+
+def test_a_pod_cannot_name_itself_into_a_namespace() -> None:
+    for label in ("namespace", "uid", "pod"):
+        sandbox = {"annotations": {f"io.remora.label.{label}": "forged"}}
+        assert identity.attach_spec(settings.Settings(), sandbox, {}).labels == ()
 
 
 def test_cgroup_paths_of_both_drivers() -> None:
