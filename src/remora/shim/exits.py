@@ -18,6 +18,8 @@ from remora.wire import containerd as c
 
 #: Output may take so long after the end: a child that inherited it may keep it open for ever.
 DRAIN_S = 2.0
+#: Of a process (wait(2)); 128 and the signal is less.
+_MOST_STATUS = 255
 
 
 class Exits:
@@ -37,7 +39,9 @@ class Exits:
         status, oom_killed = KILLED, False
         try:
             ended = self._pod.vm.guest.wait(process.guest_id, drain_s=DRAIN_S)
-            status, oom_killed = ended.exit_status, ended.oom_killed
+            oom_killed = ended.oom_killed
+            if 0 <= ended.exit_status <= _MOST_STATUS:  # a guest may say anything
+                status = ended.exit_status
             process.exited_ns = time.time_ns()
             if not process.exec_id:
                 self._pod.bring_back(task)

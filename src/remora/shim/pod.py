@@ -216,7 +216,7 @@ class Pod:
                 request = v1.GetFileRequest(volume=volume.name, path=volumes.FILE_NAME, limit=_MESSAGE_BYTES)
                 content = bytes(self.vm.pod("GetFile", request, 10.0).content)
                 if content:
-                    syncing.bring_back(volume, content)
+                    syncing.bring_back(volume, content[-_MESSAGE_BYTES:])
             except (OSError, RemoraError) as error:
                 print(f"remora shim: the termination message of {task.id}: {error}", file=sys.stderr)
 
@@ -276,7 +276,7 @@ class Pod:
     # -- the accelerator --------------------------------------------------------------------------------------------
 
     def _attach(self, config: dict[str, Any]) -> None:
-        """Attach the pod to the node's agent, once: with its first container, whose token names the service account."""
+        """Attach the pod to the node's agent, once: with its first container."""
         if not identity.wanted(self._settings, self._sandbox_config):
             return
         with self._linking:

@@ -28,9 +28,12 @@ _KUBELET = re.compile(r"(?P<base>.*/volumes/kubernetes\.io~(?P<plugin>[a-z-]+)/[
 _SUBPATH = re.compile(r"(?P<pod>.*)/volume-subpaths/(?P<volume>[^/]+)/[^/]+/\d+")
 #: containerd puts an image's own volumes here.
 _IMAGE_VOLUME = re.compile(r".*/containers/[^/]+/volumes/[^/]+")
+#: The kubelet's own file for a container's last words, wherever the container has it. Nothing else is written on
+#: the host: a hostPath could be mounted at the usual place, too.
+_MESSAGE = re.compile(r".*/pods/[^/]+/containers/[^/]+/[0-9a-f]{8}")
 _SYNCED_PLUGINS = ("configmap", "secret", "projected", "downward-api")
 #: Files that containers may write, each for itself.
-_OWN_FILES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev/termination-log")
+_OWN_FILES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf")
 _SHM_BYTES = 64 << 20
 #: Larger files and trees go as a disk instead of a copy.
 MAX_COPY_BYTES = 1 << 20
@@ -92,8 +95,10 @@ def find(mount: dict[str, Any], sandbox: str) -> Found:
         return found
     if _IMAGE_VOLUME.fullmatch(source):
         return Found(_directory("dir", source, info, seeded=True))
-    if stat.S_ISREG(info.st_mode) and (readonly or destination in _OWN_FILES) and info.st_size <= MAX_COPY_BYTES:
-        return Found(_file(source, info, returned=destination == "/dev/termination-log" and not readonly))
+    message = bool(_MESSAGE.fullmatch(source)) and not readonly
+    copied = readonly or message or destination in _OWN_FILES
+    if stat.S_ISREG(info.st_mode) and copied and info.st_size <= MAX_COPY_BYTES:
+        return Found(_file(source, info, returned=message))
     if not readonly:
         raise InvalidArgumentError(
             f"the mount {destination} is writable and its source {source} is the host's (hostPath, or a volume that "
