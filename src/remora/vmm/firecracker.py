@@ -6,11 +6,13 @@ names, with one socket per port beside it for the guest's connects (its docs/vso
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 from pathlib import Path
 
-from remora.errors import FailedPreconditionError, InvalidArgumentError
+from remora.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from remora.vmm import firecracker_api as fc
 from remora.vmm import jail as jails
 from remora.vmm.api_machine import CALL_S, ApiMachine, spawn_with_console
@@ -118,18 +120,57 @@ class FirecrackerMachine(ApiMachine):
 
 
 def _keep(source: Path, target: Path) -> None:
-    """Move what a jail wrote to where it belongs, and have it on disk before anybody counts on it."""
-    if source != target:
-        import shutil
+    """Move what a jail wrote to where it belongs, and have it on disk before anybody counts on it.
 
-        shutil.move(source, target)
-        os.chown(target, os.geteuid(), os.getegid())
-    os.chmod(target, 0o600)
-    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    The jail's directory is the monitor's own, so what lies there may be a link to a file of the host: it is held open
+    as what it is before anything is done with it.
+
+    Raises:
+        UnavailableError: it is no file of the monitor's.
+    """
+    fd = _open_plain(source)
     try:
+        if source != target:
+            try:
+                os.rename(source, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                copy = _copied(fd, target)
+                os.close(fd)
+                fd = copy
+                source.unlink()
+            found, moved = os.fstat(fd), target.lstat()
+            if (found.st_dev, found.st_ino) != (moved.st_dev, moved.st_ino):
+                target.unlink()
+                raise UnavailableError(f"the monitor put another file in place of {source.name} while it was taken")
+            os.fchown(fd, os.geteuid(), os.getegid())
+        os.fchmod(fd, 0o600)
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _open_plain(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnavailableError(f"the monitor's {path.name} cannot be opened: {error.strerror}") from error
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+        os.close(fd)
+        raise UnavailableError(f"the monitor's {path.name} is not a file of its own")
+    return fd
+
+
+def _copied(source_fd: int, target: Path) -> int:
+    """Copy to a file of ours; returns that, open."""
+    import shutil
+
+    with open(os.dup(source_fd), "rb") as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 20)
+        copy.flush()
+        return os.dup(copy.fileno())
 
 
 class FirecrackerDriver:

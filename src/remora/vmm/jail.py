@@ -78,5 +78,5 @@ def place(jail: Jail, source: Path, name: str, *, writable: bool = False) -> str
         os.chmod(target, 0o440)
         os.chown(target, 0, jail.gid)
     if writable:
-        os.chown(target, jail.uid, jail.gid)
+        os.chown(target, jail.uid, jail.gid, follow_symlinks=False)
     return f"/{name}"
