@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
@@ -126,8 +127,11 @@ def _run(name: str, asked: argparse.Namespace) -> int:
     ]
     BUILD.mkdir(parents=True, exist_ok=True)
     log = BUILD / f"{name}.log"
-    with log.open("wb") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    # The fuzzer ends its process at once, so what that has made is removed here.
+    with log.open("wb") as output, TemporaryDirectory(prefix="remora-fuzz-") as scratch:
+        environment = {**os.environ, "TMPDIR": scratch}
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
+    status = done.returncode
     text = log.read_text(errors="replace")
     found = re.findall(r"stat::number_of_executed_units: (\d+)", text)
     if status or not found:

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class RealGuest:
         os._exit(status)
 
 
-class FakeVmm:
+class FakeVmm(ABC):
     """One process of a monitor. `root` is what it sees as `/`; relative paths are taken from its directory."""
 
     api: ApiDescription
@@ -192,11 +193,13 @@ class FakeVmm:
                     refused = Refused(400, str(error))
         return refused.status, self.error(refused.message)
 
+    @abstractmethod
     def act(self, method: str, path: str, body: Any) -> tuple[int, Any]:
-        raise NotImplementedError
+        """Do what an allowed request asks for; returns the status and the answer's JSON."""
 
+    @abstractmethod
     def error(self, message: str) -> Any:
-        raise NotImplementedError
+        """Return an error as this monitor words it."""
 
     def boot(self, vsock_path: str) -> None:
         if os.environ.get("FAKE_VMM_GUEST") == "real":
@@ -207,8 +210,9 @@ class FakeVmm:
         print("fake guest: up", flush=True)
         self.vsock.announce()
 
+    @abstractmethod
     def guest(self) -> RealGuest:
-        raise NotImplementedError
+        """Return the machine that was configured."""
 
     def need_file(self, name: str) -> None:
         if not self.path(name).is_file():

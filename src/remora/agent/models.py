@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from remora.agent import files
 from remora.agent.cards import CatalogueEntry, ModelCard
 from remora.agent.disk import DiskPool
+from remora.agent.model_files import FORMATS, as_declared, check_program, recognise
 from remora.agent.operations import Operation, is_digest
 from remora.agent.residency import Residency
 from remora.agent.rules import UNBOUNDED, Terms
@@ -24,77 +24,14 @@ from remora.agent.tickets import Plan
 from remora.agent.tuning import Tuning
 from remora.errors import (
     DataLossError,
-    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    PermissionDeniedError,
     RemoraError,
     UnimplementedError,
 )
-from remora.workers.contract import SHARED, ModelSource, ModelSpec, TensorSpec, Workers
-
-TORCHSCRIPT = "torchscript"
-FORMATS = ("onnx", "tflite", TORCHSCRIPT)
+from remora.workers.contract import SHARED, ModelSource, ModelSpec, Workers
 
 SpecDone = Callable[[ModelSpec | RemoraError], None]
-
-
-def recognise(path: Path) -> str:
-    """Return the format of a model file by its first bytes.
-
-    ONNX has no magic number: it is what is left when the others are excluded; its worker checks the rest.
-
-    Raises:
-        InvalidArgumentError: the file is no model.
-    """
-    with path.open("rb") as stream:
-        head = stream.read(8)
-    if head[:4] == b"PK\x03\x04":
-        return TORCHSCRIPT
-    if head[4:8] == b"TFL3":
-        return "tflite"
-    if head[:4] in (b"\x7fELF", b"\x89PNG") or head[:3] in (b"\xff\xd8\xff", b"\x1f\x8b\x08"):
-        raise InvalidArgumentError("the model file is no model", fix=f"give one of the formats {', '.join(FORMATS)}")
-    return "onnx"
-
-
-def _check_program(source: ModelSource, terms: Terms) -> None:
-    """Refuse a file that is a program unless policy lets the tenant run it as it would a library."""
-    if source.format != TORCHSCRIPT:
-        return
-    if not terms.values["exec"]:
-        raise PermissionDeniedError(
-            f"the model is TorchScript, which is a program, and none of this tenant's is run ({terms.rule('exec')})",
-            fix="export the model to ONNX, or ask the operator for exec = true, or for a manifest in the catalogue",
-        )
-    terms.check("libraries", source.digest)
-
-
-def _as_declared(source: ModelSource, outcome: ModelSpec | RemoraError) -> ModelSpec | RemoraError:
-    """Return the outcome of a load, or what is wrong with the manifest: guests relied on what it declares.
-
-    Types and sizes that the file does not say (TorchScript's) are the declared ones.
-    """
-    if isinstance(outcome, RemoraError):
-        return outcome
-    inputs, outputs = _filled(outcome.inputs, source.inputs), _filled(outcome.outputs, source.outputs)
-    outcome = replace(outcome, inputs=inputs, outputs=outputs)
-    for kind, declared, real in (
-        ("inputs", source.inputs, outcome.inputs),
-        ("outputs", source.outputs, outcome.outputs),
-    ):
-        if declared and declared != real:
-            found = ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in real)
-            return FailedPreconditionError(
-                f"the {kind} of model {source.key!r} are not those that its manifest declares",
-                fix=f"correct [[{kind}]] in its manifest: {found}",
-            )
-    return outcome
-
-
-def _filled(real: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    known = {spec.name: spec for spec in declared}
-    return tuple(spec if spec.dtype else known.get(spec.name, spec) for spec in real)
 
 
 class Models:
@@ -241,7 +178,7 @@ class Models:
                 return
             try:
                 source = ModelSource(digest, digest, path, model_format or recognise(path))
-                _check_program(source, terms)
+                check_program(source, terms)
             except RemoraError as error:
                 self._answer(key, error)
                 return
@@ -271,7 +208,7 @@ class Models:
         began_s = time.monotonic()
 
         def loaded(found: ModelSpec | RemoraError) -> None:
-            outcome = _as_declared(source, found)
+            outcome = as_declared(source, found)
             if isinstance(outcome, ModelSpec):
                 outcome = self._settle(key, source, outcome, time.monotonic() - began_s)
             if isinstance(outcome, RemoraError):

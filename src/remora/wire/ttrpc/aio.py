@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from abc import ABC, abstractmethod
 
 from remora.errors import DeadlineExceededError, ProtocolError, RemoraError, UnavailableError
 from remora.wire.protobuf import DEFAULT, gather
@@ -30,7 +31,7 @@ else:
     from remora.wire.ttrpc.sync import Generic, M
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection(asyncio.BufferedProtocol, ABC):
     """What client and server share: frames in, frames out, and waiting for room."""
 
     def __init__(self, max_message_bytes: int) -> None:
@@ -76,11 +77,13 @@ class Connection(asyncio.BufferedProtocol):
         if self.transport is not None:
             self.transport.abort()
 
+    @abstractmethod
     def frame(self, frame: Frame) -> None:
-        raise NotImplementedError
+        """Take a frame of the peer's."""
 
+    @abstractmethod
     def lost(self, error: RemoraError) -> None:
-        raise NotImplementedError
+        """The connection is over: tell whoever waits."""
 
 
 # -- client -----------------------------------------------------------------------------------------------------------
