@@ -6,6 +6,7 @@ and is called from the threads that serve containerd's slow requests.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -49,6 +50,8 @@ class MicroVm:
         self._settings = settings
         self._on_end = on_end
         self._machine: SlottedMachine | None = None
+        #: The scratch disk; -1: there is none.
+        self._scratch_fd = -1
         self._bridge: Bridge | None = None
         self._guest: Guest | None = None
         self._disks = threading.Lock()
@@ -116,6 +119,9 @@ class MicroVm:
         self.in_reactor(self._drop)
         if self._guest is not None:
             self._guest.close()
+        if self._scratch_fd >= 0:
+            os.close(self._scratch_fd)
+            self._scratch_fd = -1
 
     def _spec(self, size: Size, net: network.Found) -> VmSpec:
         state = paths.state_dir()
@@ -139,14 +145,20 @@ class MicroVm:
         )
 
     def _scratch(self) -> Path:
-        """Make the pod's writable disk: sparse, empty, gone with its directory."""
-        path = self.directory / "scratch.img"
-        with path.open("wb") as file:
-            file.truncate(self._settings.scratch_mib << 20)
+        """Make the pod's writable disk: sparse, empty, and without a name, so that nothing can leave it behind.
+
+        On the state directory's disk, because the run-time directory is memory on most hosts.
+        """
+        state = paths.state_dir()
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        name = state / f".scratch-{self.directory.name}"
+        self._scratch_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        name.unlink()
+        os.ftruncate(self._scratch_fd, self._settings.scratch_mib << 20)
         # No journal: it lives no longer than the machine. Lazy tables: 20 ms instead of seconds.
         options = ["-E", "lazy_itable_init=1,nodiscard", "-O", "^has_journal,^resize_inode", "-m", "0", "-F", "-q"]
-        run(["mkfs.ext4", *options, str(path)], package="e2fsprogs")
-        return path
+        run(["mkfs.ext4", *options, f"/proc/{os.getpid()}/fd/{self._scratch_fd}"], package="e2fsprogs")
+        return Path(f"/proc/self/fd/{self._scratch_fd}")
 
     def _come_up(self, timeout_s: float) -> Guest:
         assert self._machine is not None
@@ -229,7 +241,8 @@ class MicroVm:
     def _start(self, vm: VmSpec) -> None:
         channel, guest_end = socket.socketpair()
         try:
-            machine = QemuDriver().start(vm, directory=self.directory, channel_fd=guest_end.fileno())
+            keep_fds = () if self._scratch_fd < 0 else (self._scratch_fd,)
+            machine = QemuDriver().start(vm, directory=self.directory, channel_fd=guest_end.fileno(), keep_fds=keep_fds)
         except BaseException:
             channel.close()
             raise

@@ -14,6 +14,7 @@ import cri_v1 as cri
 from containerd_process import Containerd
 from cri_client import CriError
 from pod_leftovers import leftovers, record, wait_until
+from remora import paths
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -61,6 +62,16 @@ def test_a_killed_shim_takes_its_microvm_along_and_is_cleared_up_after(container
     pod.remove()
     wait_until(lambda: leftovers(containerd, pod) == [], f"nothing is left: {leftovers(containerd, pod)}")
     wait_until(lambda: not list(containerd.runtime.glob("shim/*")), "no directory of a shim is left")
+
+
+def test_what_a_pod_writes_lies_on_a_disk_and_in_no_file_that_could_be_left(containerd: Containerd) -> None:
+    with containerd.cri.run_pod("writer") as pod:
+        pod.start("sleep", "1000000")
+        opened = Path(f"/proc/{record(containerd, pod)['machine_pid']}/fd")
+        links = [os.readlink(entry) for entry in opened.iterdir()]
+        assert [link for link in links if ".scratch-" in link and link.endswith(" (deleted)")]
+        assert not list(containerd.runtime.rglob("scratch*"))
+    assert not list(paths.state_dir().glob(".scratch-*"))
 
 
 def test_pods_outlive_a_killed_containerd_and_are_known_to_the_next(containerd: Containerd) -> None:
