@@ -254,6 +254,10 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "native", "Classify", "digest", _native("Classify", lambda n: remora_v1.ClassifyRequest(model=n, image=b"x"))
     ),
+    *(
+        Probe("native", method, "digest", _native(method, lambda n: remora_v1.PictureRequest(model=n, image=b"x")))
+        for method in ("Detect", "Segment", "Pose", "Depth")
+    ),
     *(probe for service in vaccel.SERVICES for probe in _of_vaccel(service)),
     Probe("oip_rest", "metadata", "digest", _rest("GET", "/v2/models/{}")),
     Probe("oip_rest", "ready", "digest", _rest("GET", "/v2/models/{}/ready")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import socket
 import subprocess
 import time
@@ -34,12 +33,10 @@ class Bed:
         return folder
 
     def run(self, folder: Path, *more: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        environment = {**os.environ, "REMORA_RUNTIME_DIR": str(self.base / "r")}
         flags = ["-namespace", "t", "-address", "/c.sock", "-publish-binary", "containerd", "-id", folder.name]
         return subprocess.run(
             [str(self.program), *flags, *more],
             cwd=folder,
-            env=environment,
             input=stdin,
             capture_output=True,
             timeout=30,
@@ -69,11 +66,12 @@ class Bed:
 
 
 @pytest.fixture
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
+def bed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bed]:
     import tempfile
 
     # A socket's path must be short.
     with tempfile.TemporaryDirectory(prefix="rs") as folder:
+        monkeypatch.setenv("REMORA_RUNTIME_DIR", f"{folder}/r")
         one = Bed(Path(folder))
         yield one
         one.close()
@@ -121,7 +119,7 @@ def test_a_containerd_that_says_what_it_understands_gets_the_third_version(bed: 
 
 def test_a_socket_left_by_a_killed_server_is_no_obstacle(bed: Bed) -> None:
     folder = bed.bundle("again")
-    path = Path(start.socket_path("/c.sock", "t", "again").replace("/run/remora", str(bed.base / "r")))
+    path = Path(start.socket_path("/c.sock", "t", "again"))
     path.parent.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
