@@ -178,9 +178,9 @@ class PendingJob:
             )
             self.block = None
             region = self.region if isinstance(block, RegionBlock) else None
-            labels = tuple(LabelScore(index, name, 0.0) for index, name in enumerate(names))
-            if self.job.operation not in MAPS:
-                labels = ()
+            labels: tuple[LabelScore, ...] = ()
+            if self.job.operation in MAPS:
+                labels = tuple(LabelScore(index, name, 0.0) for index, name in enumerate(names))
             return Result(views, labels, run_us, block.release, region=region, places=places, start=at)
         return Result(run_us=run_us)
 
