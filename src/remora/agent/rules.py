@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from remora.agent.hints import with_retry
@@ -41,6 +42,12 @@ _MAX_RULES = 4096
 _LONG = 1 << 128
 
 
+@lru_cache(maxsize=4096)
+def _allowed(patterns: tuple[str, ...], value: str) -> bool:
+    """Return whether a pattern matches. Remembered, because three lists are asked for every request."""
+    return any(fnmatchcase(value, pattern) for pattern in patterns)
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One table of the file."""
@@ -70,13 +77,13 @@ class Terms:
         Raises:
             PermissionDeniedError: none of the key's patterns allows `value`.
         """
-        if not any(fnmatchcase(value, pattern) for pattern in self.values[key]):
+        if not _allowed(self.values[key], value):
             raise PermissionDeniedError(
                 f"{_LISTS[key]} {value[:100]!r} is not allowed ({self.rule(key)})", fix="ask the operator to allow it"
             )
 
     def allows(self, key: str, value: str) -> bool:
-        return any(fnmatchcase(value, pattern) for pattern in self.values[key])
+        return _allowed(self.values[key], value)
 
     def exhausted(self, key: str, what: str, after_s: float) -> RemoraError:
         """Return the refusal of a caller that is over a bound."""

@@ -75,7 +75,8 @@ class Inference:
     def body(self, region: Optional[Region]) -> Body:
         """Return the message; its tensors are in `region` afterwards if there is one and they fit."""
         self._forsake()
-        sizes = [*self._sizes, self._output_bytes] if self._output_bytes >= LEAST_SHARED_BYTES else self._sizes
+        # Also a few bytes of outputs: an answer that only says where they lie is one that both ends know already.
+        sizes = [*self._sizes, self._output_bytes] if self._output_bytes else self._sizes
         parts = region.take(sizes) if region is not None else None
         if region is None or parts is None:
             return v1.InferRequest(
@@ -142,7 +143,7 @@ class Inference:
         """Remember how much room the outputs take, each at a multiple of `SHARE_ALIGN`."""
         align = v1.SHARE_ALIGN
         size = sum((len(one.data) + align - 1) // align * align for one in outputs)
-        if size >= LEAST_SHARED_BYTES and size != self._output_bytes:
+        if size != self._output_bytes:
             _remember(_output_sizes, self._form, size)
 
     def _release(self, parts: List[Tuple[int, int]]) -> None:
@@ -175,19 +176,25 @@ class InferAnswer(v1.InferResponse):
                     known = _answers.get(head)
                     if known is not None:
                         return known
-                    _learn_answer(head, data, limits)
+            whole = v1.InferResponse.decode(data, limits=limits)
+            if whole.region:
+                _learn_answer(whole, data, limits)
+            return whole
         return v1.InferResponse.decode(buffer, limits=limits)
 
 
-def _learn_answer(head: bytes, data: bytes, limits: Limits) -> None:
-    """Remember an answer by its head, if it lies in shared memory and the timing is all that follows."""
-    try:
-        short = v1.InferResponse.decode(head, limits=limits)
-        whole = v1.InferResponse.decode(data, limits=limits)
-    except DecodeError:
-        return  # the timing does not begin there
-    if short.region and short.timing is None and whole.outputs == short.outputs and whole.region == short.region:
-        _remember(_answers, head, short)
+def _learn_answer(whole: v1.InferResponse, data: bytes, limits: Limits) -> None:
+    """Remember an answer that lies in shared memory by what comes before its timing, if that is all that follows."""
+    for length in range(min(_LONGEST_TIMING, len(data) - 1)):
+        start = len(data) - length - 2
+        if data[start] != 0x12 or data[start + 1] != length:
+            continue
+        try:
+            short = v1.InferResponse.decode(data[:start], limits=limits)
+        except DecodeError:
+            continue  # the timing does not begin there
+        if short.timing is None and whole.outputs == short.outputs and whole.region == short.region:
+            _remember(_answers, data[:start], short)
 
 
 def _remember(table: Dict[Any, Any], key: Any, value: Any) -> None:

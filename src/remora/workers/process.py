@@ -29,8 +29,6 @@ from remora.workers.settings import WorkerSettings
 _LAST_WORDS_BYTES = 2048
 #: A worker that writes more than this to stderr is no longer listened to.
 _STDERR_BYTES = 1 << 20
-#: Datagrams taken per turn of the loop, so that one worker cannot keep it.
-_PER_TURN = 32
 _SOCKET_BYTES = 1 << 20
 #: How long to wait for the pid of a worker that is killed while bubblewrap starts it; it takes a few milliseconds.
 _INFO_S = 1.0
@@ -157,27 +155,26 @@ class WorkerProcess:
         if events & WRITE and not self.dead:
             self._reactor.modify(sock.fileno(), READ)
             self._flush(sock)
-        for _ in range(_PER_TURN):
-            if self.dead:
-                return
-            try:
-                # Plain recv: descriptors that a hostile worker attaches are dropped by the kernel.
-                data = sock.recv(MAX_MESSAGE_BYTES)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""  # reset: it died with messages unread
-            if not data:
-                self._reactor.unregister(sock.fileno())
-                self._leave()
-                return
-            try:
-                for part in unpack(data):
-                    if not self.dead:
-                        self._take(unpack_answer(part) if part[0] == ANSWER else decode(part))
-            except ProtocolError as error:
-                self.kill(error.message)
-                return
+        if self.dead or not events & ~WRITE:
+            return
+        # One datagram a turn: there is seldom a second one, and asking costs as much as being called again.
+        try:
+            # Plain recv: descriptors that a hostile worker attaches are dropped by the kernel.
+            data = sock.recv(MAX_MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # reset: it died with messages unread
+        if not data:
+            self._reactor.unregister(sock.fileno())
+            self._leave()
+            return
+        try:
+            for part in unpack(data):
+                if not self.dead:
+                    self._take(unpack_answer(part) if part[0] == ANSWER else decode(part))
+        except ProtocolError as error:
+            self.kill(error.message)
 
     def _take(self, message: Message) -> None:
         if message["t"] != "hello":
