@@ -73,6 +73,8 @@ class Attachments:
         #: Takes connections to the sandboxes' Open Inference Protocol socket. Without it they have none.
         self.on_oip: Callable[[Attachment, socket.socket], None] | None = None
         self._on_detached = on_detached
+        #: Called with the identity of each sandbox that is served from now on.
+        self.on_attached: Callable[[Identity], None] = lambda _identity: None
         self._inherited = inherited
         self._by_sandbox: dict[str, Attachment] = {}
         self._by_cid: dict[int, Attachment] = {}
@@ -166,6 +168,7 @@ class Attachments:
         self._by_sandbox[identity.sandbox] = attachment
         if cid:
             self._by_cid[cid] = attachment
+        self.on_attached(identity)
 
     def _listen(self, attachment: Attachment, directory: Path) -> None:
         place = check_private_directory(directory)

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from remora.agent.identity import Identity, check_name
 from remora.agent.policy import Limits
@@ -52,19 +52,7 @@ class CertificateFiles:
         Raises:
             FailedPreconditionError: one of them cannot be read, or they do not fit; the message names the file.
         """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.num_tickets = 0
-        try:
-            if stat.S_IMODE(os.stat(self.key).st_mode) & stat.S_IRWXO:
-                raise FailedPreconditionError(f"everyone may read the key {self.key}", fix=f"chmod o= {self.key}")
-            context.load_cert_chain(self.certificate, self.key)
-        except (OSError, ssl.SSLError) as error:
-            raise FailedPreconditionError(
-                f"the certificate {self.certificate} with the key {self.key} cannot be used: {_reason(error)}",
-                fix="give PEM files that belong together",
-            ) from error
+        context = server_context(self.certificate, self.key)
         try:
             context.load_verify_locations(self.authorities)
         except (OSError, ssl.SSLError) as error:
@@ -73,6 +61,28 @@ class CertificateFiles:
                 fix="give a PEM file with at least one CA certificate",
             ) from error
         return context
+
+
+def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """Return a server's context that takes no caller yet: who issues callers' certificates is to be added.
+
+    Raises:
+        FailedPreconditionError: one of the files cannot be read, or they do not fit; the message names them.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.num_tickets = 0
+    try:
+        if stat.S_IMODE(os.stat(key).st_mode) & stat.S_IRWXO:
+            raise FailedPreconditionError(f"everyone may read the key {key}", fix=f"chmod o= {key}")
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise FailedPreconditionError(
+            f"the certificate {certificate} with the key {key} cannot be used: {_reason(error)}",
+            fix="give PEM files that belong together",
+        ) from error
+    return context
 
 
 def _reason(error: OSError) -> str:
@@ -92,7 +102,7 @@ def of_certificate(certificate: Mapping[str, Any]) -> Identity:
                 f"the certificate has the URIs {str(uris)[:200]}", fix="one with exactly one SPIFFE ID is accepted"
             )
         return Identity(uris[0], uris[0], remote=True)
-    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    names = common_names(certificate)
     if len(names) != 1:
         raise UnauthenticatedError(
             f"the certificate has {len(names)} common names and no SPIFFE ID", fix="one of either is needed"
@@ -104,15 +114,36 @@ def of_certificate(certificate: Mapping[str, Any]) -> Identity:
     return Identity(name, name, remote=True)
 
 
+def common_names(certificate: Mapping[str, Any]) -> list[str]:
+    return [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+
+
+class Certificates(Protocol):
+    """What a TLS server shows, and whom it accepts."""
+
+    def context(self) -> ssl.SSLContext:
+        """Return a new context of what applies now; raises FailedPreconditionError."""
+
+
 class TlsServer:
     """Handshakes of callers, and the connections that came of them."""
 
-    def __init__(self, reactor: Reactor, files: CertificateFiles, limits: Limits) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        files: Certificates,
+        limits: Limits,
+        identify: Callable[[Mapping[str, Any]], Identity] = of_certificate,
+    ) -> None:
         """
+        Args:
+            identify: Says who holds a verified certificate; raises UnauthenticatedError.
+
         Raises:
-            FailedPreconditionError: as `CertificateFiles.context`.
+            FailedPreconditionError: as `Certificates.context`.
         """
         self._reactor = reactor
+        self._identify = identify
         self._files = files
         self._limits = limits
         self._contexts = self._read()
@@ -148,7 +179,7 @@ class TlsServer:
             timer = self._reactor.call_later(left_s, pump.close)
             ends[pump] = timer.cancel
             try:
-                identity = of_certificate(certificate)
+                identity = self._identify(certificate)
             except UnauthenticatedError as error:
                 refuse(plain, error)
                 return

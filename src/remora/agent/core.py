@@ -158,6 +158,7 @@ class Core:
     def _joined(self, identity: Identity) -> None:
         self.quotas.note(identity.key, identity.labels)
         self.metrics.came(identity.tenant)
+        self.metrics.pods.note(identity)
 
     def _left(self, peer: Peer) -> None:
         self.quotas.left(peer.identity.key)
@@ -204,6 +205,7 @@ class Core:
             if peer.connection is not None:
                 peer.connection.close()
         self.quotas.forget(identity.key)
+        self.metrics.pods.forget(identity.key)
         tenants = {identity.tenant}
         if not keep_sessions:
             for session in self.sessions.of_owner(identity.key):

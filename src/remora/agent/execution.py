@@ -7,6 +7,7 @@ ends in exactly one call of its `done`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -179,6 +180,13 @@ class Execution:
         """How many requests run or wait."""
         return sum(map(len, self._runs.values()))
 
+    def in_flight(self) -> Counter[str]:
+        """Return how many requests run or wait, by identity."""
+        sums: Counter[str] = Counter()
+        for runs in self._runs.values():
+            sums[next(iter(runs)).session.owner] += len(runs)
+        return sums
+
     @property
     def idle(self) -> bool:
         """True if nothing runs or waits."""
@@ -264,6 +272,7 @@ class Execution:
                     device=run.device,
                     sent_bytes=answer.size_bytes - OVERHEAD_BYTES,
                 )
+                self._metrics.pods.ran(run.session.owner, timings)
             elif isinstance(outcome, NotFoundError | DataLossError):
                 # Its worker has died, and the next one may have had to give the model up: the next job loads it anew.
                 self._models.lost(run.domain, run.operation.model, outcome, partial(self._finish, run, outcome))

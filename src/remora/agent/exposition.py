@@ -49,6 +49,14 @@ FAMILIES: Mapping[str, Family] = {
     "remora_device_busy_seconds_total": Family(
         "counter", ("tenant", "device"), "Time that operations ran on a device; exceeds the clock where several run."
     ),
+    "remora_pod_in_flight_requests": Family("gauge", ("namespace", "pod"), "Operations of a pod that wait or run."),
+    "remora_pod_operations_total": Family("counter", ("namespace", "pod"), "Operations that workers answered a pod."),
+    "remora_pod_queue_seconds_total": Family(
+        "counter", ("namespace", "pod"), "Time that a pod's operations waited for their turn."
+    ),
+    "remora_pod_device_seconds_total": Family(
+        "counter", ("namespace", "pod"), "Time that a pod's operations ran on a device."
+    ),
     "remora_model_memory_bytes": Family("gauge", ("domain", "model", "device"), "Memory that a loaded model takes."),
     "remora_models_loaded": Family("gauge", ("device",), "Models in the memory of workers."),
     "remora_sessions": Family("gauge", ("tenant",), "Sessions."),

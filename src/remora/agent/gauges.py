@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 from remora import __version__
 from remora.agent.core import Core
 from remora.agent.exposition import Sample
+from remora.agent.pod_counts import POD_FAMILIES
 from remora.workers.contract import SHARED, WorkerInfo
 
+T = TypeVar("T")
 #: How the metrics name the domain of workers that belong to nobody yet.
 SPARE = "spare"
 #: Longer than a scrape takes, shorter than the time between two.
@@ -37,6 +40,9 @@ def register(core: Core, *, attachments: Callable[[], int], draining: Callable[[
         ("remora_start_time_seconds", lambda: started_s),
     ):
         exposition.read(name, _single(value))
+    pods = _OneLook(lambda: core.metrics.pods.sums(core.execution.in_flight()))
+    for place, name in enumerate(POD_FAMILIES):
+        exposition.read(name, _of_pods(pods, place))
     exposition.read("remora_build_info", lambda: [((__version__,), 1.0)])
     exposition.read("remora_traces_exported_total", lambda: [((), float(core.trace_counts()[0]))])
     exposition.read("remora_traces_dropped_total", lambda: _traces_dropped(core))
@@ -69,19 +75,25 @@ def _traces_dropped(core: Core) -> Iterable[Sample]:
     return [(("buffer",), float(dropped)), (("collector",), float(lost))]
 
 
-class _OneLook:
-    """Asks once for all metrics of a scrape: every worker costs a file of /proc."""
+class _OneLook(Generic[T]):
+    """Asks once for all metrics of a scrape, which then agree; and every worker costs a file of /proc."""
 
-    def __init__(self, ask: Callable[[], Sequence[WorkerInfo]]) -> None:
+    def __init__(self, ask: Callable[[], T]) -> None:
         self._ask = ask
         self._asked_s = 0.0
-        self._known: Sequence[WorkerInfo] = ()
+        self._known: T | None = None
 
-    def __call__(self) -> Sequence[WorkerInfo]:
+    def __call__(self) -> T:
         now_s = time.monotonic()
-        if now_s - self._asked_s > _SCRAPE_S:
+        if self._known is None or now_s - self._asked_s > _SCRAPE_S:
             self._known, self._asked_s = self._ask(), now_s
         return self._known
+
+
+def _of_pods(
+    pods: Callable[[], Mapping[tuple[str, str], Sequence[float]]], place: int
+) -> Callable[[], Iterable[Sample]]:
+    return lambda: [(names, float(sums[place])) for names, sums in pods().items()]
 
 
 def _of_workers(core: Core, workers: Sequence[WorkerInfo], value: Callable[[WorkerInfo], int]) -> Iterable[Sample]:

@@ -1,4 +1,4 @@
-"""`/metrics` and `/healthz`: the smallest HTTP/1.1 server that Prometheus and a kubelet can read, on the reactor.
+"""`/metrics` and `/healthz`: the smallest HTTP/1.1 server that Prometheus, a kubelet and kube-apiserver can read.
 
 GET only, one request per connection, a few KiB and a few seconds per request. Anything else is answered and closed.
 """
@@ -13,27 +13,52 @@ from remora.reactor import READ, WRITE, Reactor
 MAX_REQUEST_BYTES = 8192
 MAX_CONNECTIONS = 16
 TIMEOUT_S = 5.0
-_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 431: "Request Too Large"}
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    431: "Request Too Large",
+    500: "Internal Server Error",
+}
+_TEXT = "text/plain; charset=utf-8"
 
-#: Returns status, content type and body.
-Page = Callable[[], tuple[int, str, bytes]]
+#: Status, content type and body.
+Response = tuple[int, str, bytes]
+Page = Callable[[], Response]
+#: Answers a request's target (with its query): calls the second argument once, now or later, in the loop's thread.
+Answer = Callable[[str, Callable[[Response], None]], None]
 
 
 def respond(request: bytes, pages: Mapping[str, Page]) -> bytes:
     """Return the whole response to a request's head."""
+    target = target_of(request, MAX_REQUEST_BYTES)
+    return encoded(page(target, pages) if isinstance(target, str) else target)
+
+
+def target_of(request: bytes, most_bytes: int) -> str | Response:
+    """Return what a request's head asks for, or what it is refused with."""
     line = request.split(b"\r\n", 1)[0].split(b"\n", 1)[0]
     parts = line.split(b" ")
-    status, kind, body = 400, "text/plain; charset=utf-8", b"bad request\n"
-    if len(request) >= MAX_REQUEST_BYTES:
-        status, body = 431, b"the request is too large\n"
-    elif len(parts) == 3 and parts[2].startswith(b"HTTP/1."):
-        target = parts[1].split(b"?", 1)[0].decode("latin-1")
-        if parts[0] != b"GET":
-            status, body = 405, b"only GET is allowed\n"
-        elif target not in pages:
-            status, body = 404, b"the pages are " + ", ".join(sorted(pages)).encode() + b"\n"
-        else:
-            status, kind, body = pages[target]()
+    if len(request) >= most_bytes:
+        return 431, _TEXT, b"the request is too large\n"
+    if len(parts) != 3 or not parts[2].startswith(b"HTTP/1."):
+        return 400, _TEXT, b"bad request\n"
+    if parts[0] != b"GET":
+        return 405, _TEXT, b"only GET is allowed\n"
+    return parts[1].decode("latin-1")
+
+
+def page(target: str, pages: Mapping[str, Page]) -> Response:
+    found = pages.get(target.partition("?")[0])
+    if found is None:
+        return 404, _TEXT, b"the pages are " + ", ".join(sorted(pages)).encode() + b"\n"
+    return found()
+
+
+def encoded(response: Response) -> bytes:
+    status, kind, body = response
     head = (
         f"HTTP/1.1 {status} {_REASONS.get(status, 'Service Unavailable')}\r\nContent-Type: {kind}\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -47,6 +72,7 @@ class _Connection:
         self._sock = sock
         self._request = b""
         self._response = memoryview(b"")
+        self._asked = self._closed = False
         self._timer = server.reactor.call_later(TIMEOUT_S, self.close)
         server.reactor.register(sock.fileno(), READ, self._ready)
 
@@ -54,6 +80,8 @@ class _Connection:
         try:
             if self._response:
                 self._send()
+            elif self._asked:
+                self.close()  # the peer went away before its answer
             else:
                 self._receive()
         except BlockingIOError:
@@ -65,12 +93,22 @@ class _Connection:
         data = self._sock.recv(MAX_REQUEST_BYTES)
         self._request += data
         ended = b"\r\n\r\n" in self._request or b"\n\n" in self._request
-        if ended or len(self._request) >= MAX_REQUEST_BYTES:
-            self._response = memoryview(respond(self._request, self._server.pages))
-            self._server.reactor.modify(self._sock.fileno(), WRITE)
-            self._send()
+        if ended or len(self._request) >= self._server.most_bytes:
+            target = target_of(self._request, self._server.most_bytes)
+            self._asked = True
+            self._server.reactor.modify(self._sock.fileno(), 0)  # its end is reported all the same
+            if isinstance(target, str):
+                self._server.answer(target, self._respond)
+            else:
+                self._respond(target)
         elif not data:
             self.close()
+
+    def _respond(self, response: Response) -> None:
+        if self._closed:
+            return
+        self._response = memoryview(encoded(response))
+        self._server.reactor.modify(self._sock.fileno(), WRITE)
 
     def _send(self) -> None:
         self._response = self._response[self._sock.send(self._response) :]
@@ -78,6 +116,9 @@ class _Connection:
             self.close()
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         self._timer.cancel()
         self._server.reactor.unregister(self._sock.fileno())
         self._sock.close()
@@ -85,16 +126,29 @@ class _Connection:
 
 
 class HttpServer:
-    """Serves pages on connections."""
+    """Answers requests on connections."""
 
-    def __init__(self, reactor: Reactor, pages: Mapping[str, Page]) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        answer: Answer,
+        *,
+        most_bytes: int = MAX_REQUEST_BYTES,
+        most_connections: int = MAX_CONNECTIONS,
+    ) -> None:
         self.reactor = reactor
-        self.pages = pages
+        self.answer = answer
+        self.most_bytes = most_bytes
+        self._most_connections = most_connections
         self.connections: set[_Connection] = set()
+
+    @classmethod
+    def of_pages(cls, reactor: Reactor, pages: Mapping[str, Page]) -> HttpServer:
+        return cls(reactor, lambda target, done: done(page(target, pages)))
 
     def serve(self, sock: socket.socket) -> None:
         """Take over a connection."""
-        if len(self.connections) >= MAX_CONNECTIONS:
+        if len(self.connections) >= self._most_connections:
             sock.close()
             return
         sock.setblocking(False)

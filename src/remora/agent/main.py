@@ -44,6 +44,8 @@ class Options:
     config: Path | None = None
     #: Where traces go; None: nowhere, and requests pay nothing for it.
     traces: TraceOptions | None = None
+    #: Who may read the metrics over TLS: names of certificates.
+    metrics_clients: Sequence[str] = ()
     #: For `tls://` addresses.
     certificates: CertificateFiles | None = None
     #: Succeed the agent that runs, if one does.
@@ -133,7 +135,7 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
             stack.callback(_trace(agent.core, options.traces))
         if options.certificates is not None:
             agent.use_certificates(options.certificates)
-        agent.listen_metrics(options.metrics)
+        agent.listen_metrics(options.metrics, options.metrics_clients)
         agent.listen_control(options.control)
         addresses = [agent.listen(address) for address in options.listen]
         agent.recover()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 
+from remora.agent.pod_counts import PodTable
 from remora.agent.timings import STAGES, Timings
 
 #: Upper bounds of the time histograms, seconds.
@@ -88,6 +89,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.tenants: dict[str, TenantCounts] = {}
+        self.pods = PodTable()
         #: By operation and model: a histogram for each of `STAGES`.
         self.stages: dict[tuple[str, str], tuple[Histogram, ...]] = {}
         self._others = TenantCounts()

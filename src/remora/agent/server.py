@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,6 +99,7 @@ class Agent:
         self.attachments = Attachments(
             reactor, self.core.journal, self._attached_connection, self.core.end_identity, inherited
         )
+        self.attachments.on_attached = self.core.metrics.pods.note
         self._callers = Callers(PodFiles(pods), self.attachments.of_cid)
         self.draining = Draining(self.core, reactor.stop)
         gauges.register(self.core, attachments=lambda: len(self.attachments), draining=lambda: self.draining.begun)
@@ -147,12 +148,33 @@ class Agent:
         address = parse_address(f"unix://{path}")
         self._listen(address, _OWNER_MODE, lambda connection: self._control_connection(connection, door))
 
-    def listen_metrics(self, address: Address) -> None:
-        """Serve /metrics, /healthz and /readyz."""
+    def listen_metrics(self, address: Address, clients: Collection[str] = ()) -> None:
+        """Serve /metrics, /healthz and /readyz.
+
+        Args:
+            clients: Who may read them over TLS: names of certificates.
+        """
         pages = {"/metrics": self._metrics_page, "/healthz": self._health_page, "/readyz": self._ready_page}
-        self._http = HttpServer(self._reactor, pages)
-        listener = self._listen(address, _OWNER_MODE, self._http.serve)
-        self.metrics_address = f"tcp://{address.host}:{listener.port}" if listener.port else address.text
+        self._http = http = HttpServer.of_pages(self._reactor, pages)
+        accepted: Callable[[socket.socket], None] = http.serve
+        if address.tls:
+            if not clients:
+                raise InvalidArgumentError(
+                    f"{address.text} would show every holder of a certificate all tenants' figures",
+                    fix="say who may read them: --metrics-client NAME",
+                )
+
+            def serve(sock: socket.socket, identity: Identity, _attachment: Attachment | None) -> None:
+                if identity.key in clients or identity.key.removeprefix("cn:") in clients:
+                    http.serve(sock)
+                    return
+                sock.close()
+                self._log.info("metrics refused", peer=identity.key, change="give --metrics-client, if it may")
+
+            accepted = self._tls_accepted(address, serve, lambda sock, _identity, _error: sock.close())
+        listener = self._listen(address, _OWNER_MODE, accepted)
+        scheme = "tls" if address.tls else "tcp"
+        self.metrics_address = f"{scheme}://{address.host}:{listener.port}" if listener.port else address.text
 
     def _listen(self, address: Address, mode: int, on_connection: Callable[[socket.socket], None]) -> Listener:
         sock, kept = self._inherited.bind(address, mode)

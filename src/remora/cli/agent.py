@@ -46,8 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         metavar="ADDRESS",
-        help="where /metrics and /healthz are served: unix:///path, tcp://127.0.0.1:port or 127.0.0.1:port "
-        f"(default: unix://{paths.runtime_dir() / 'metrics.sock'})",
+        help="where /metrics and /healthz are served: unix:///path, tcp://127.0.0.1:port, 127.0.0.1:port, or "
+        f"tls://host:port for --metrics-client (default: unix://{paths.runtime_dir() / 'metrics.sock'})",
+    )
+    parser.add_argument(
+        "--metrics-client",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="common name or SPIFFE ID of a certificate whose holder may read the metrics over TLS; may be given "
+        "several times",
     )
     parser.add_argument(
         "--takeover",
@@ -110,6 +118,7 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         policy=policy.load(args.config),
         control=control,
         metrics=parse_address(metrics),
+        metrics_clients=args.metrics_client,
         json_log=args.log_format == "json",
         ready_fd=args.ready_fd,
         config=args.config.absolute() if args.config is not None else None,

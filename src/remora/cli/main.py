@@ -41,6 +41,7 @@ COMMANDS: dict[str, str] = {
     "pose": "find a person's points in pictures through the agent",
     "ping": "check the way to the agent",
     "node": "serve the node's shares of accelerators to its kubelet",
+    "autoscaling": "serve pods' figures to HorizontalPodAutoscalers (custom.metrics.k8s.io)",
     "doctor": "say what this host can do, and what is missing",
     "bench": "measure Remora against named yardsticks",
 }

@@ -120,7 +120,7 @@ def test_a_slow_http_client_holds_up_nobody(tmp_path: Path) -> None:
     listener.bind(str(tmp_path / "m.sock"))
     listener.listen()
     listener.setblocking(False)
-    server = HttpServer(reactor, PAGES)
+    server = HttpServer.of_pages(reactor, PAGES)
     accepting = Listener(reactor, listener, server.serve)
     with socket.socket(socket.AF_UNIX) as slow, socket.socket(socket.AF_UNIX) as quick:
         slow.connect(str(tmp_path / "m.sock"))
