@@ -15,7 +15,7 @@ from typing import Any
 from remora.agent.disk import DiskPool
 from remora.workers.contract import Measurement
 
-_VERSION = 1
+_VERSION = 2
 _MOST = 4096
 _MOST_BYTES = 8 << 20
 

@@ -23,6 +23,9 @@ MOST_ROWS = 64
 _WORTH = 1.15
 #: The smallest size is chosen that comes so near to the best.
 _NEAR = 0.9
+#: Threads that together do less than this part of what one does alone are in each other's way. Far from 1, because one
+#: slot too few halves what a model can do, and one too many costs little.
+_HINDERED = 0.8
 #: A model that is never idle is measured after this long all the same.
 _PATIENCE_S = 5.0
 
@@ -55,8 +58,8 @@ def choose(found: Measurement, device: str, threads: int) -> Plan:
             rows = min(size for size, per_us in speed.items() if per_us >= _NEAR * best)
     concurrent, rates = 0, found.threads
     if rates and device == "cpu":
-        # An idle thread costs nothing: fewer only where several are in each other's way.
-        concurrent = 1 if rates.get(threads, 0.0) < _NEAR * rates.get(1, 0.0) else 0
+        # An idle thread costs nothing: fewer only where both were measured, and several are in each other's way.
+        concurrent = 1 if rates.get(threads, rates.get(1, 0.0)) < _HINDERED * rates.get(1, 0.0) else 0
     elif rates:
         least = min(count for count, rate in rates.items() if rate >= 0.95 * max(rates.values()))
         concurrent = least if least < threads else 0

@@ -10,6 +10,7 @@ because a runtime keeps the memory of its largest run.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,10 @@ _MISSES = 2
 _FOR_SIZES = 0.7
 #: Runs of each size, of which the quickest counts.
 _ROUNDS = 5
+#: Windows of one and of several threads, of which the best counts.
+_WINDOWS = 4
+#: A window says nothing of the model if this process had less of the processors than this part: others had them.
+_LEAST_HAD = 0.8
 _MOST_BYTES = 64 << 20
 
 
@@ -113,20 +118,30 @@ def _whole_us(times_s: Mapping[int, float]) -> dict[int, int]:
 def by_threads(
     model: LoadedModel, specs: Sequence[Spec], wanted: Sequence[str], budget: Budget, threads: int
 ) -> dict[int, float]:
-    """Return threads -> runs a second, for one and for all of them; the better of two tries each."""
+    """Return threads -> runs a second, for one and for all of them; nothing unless both are known.
+
+    In turn, and the best of several: others only ever take time away, from one and from several threads alike.
+    """
     feeds = samples(specs, 1)
+    counts = (1, threads) if threads > 1 else ()
     found: dict[int, float] = {}
-    for count in dict.fromkeys((1, threads)) if threads > 1 else ():
-        window_s = budget.left_s() / (4 if count == 1 else 2)
-        for _ in range(2):
-            rate = _rate(lambda: _timed(model, feeds, wanted, budget.stop), count, window_s / 2)
-            found[count] = max(found.get(count, 0.0), rate)
-    return found
+    window_s = budget.left_s() / (_WINDOWS * max(1, len(counts)))
+    for _ in range(_WINDOWS):
+        for count in counts:
+            rate, processors = _rate(lambda: _timed(model, feeds, wanted, budget.stop), count, window_s)
+            if model.device != "cpu" or processors >= _LEAST_HAD * min(count, _processors()):
+                found[count] = max(found.get(count, 0.0), rate)
+    return found if all(found.get(count) for count in counts) else {}
 
 
-def _rate(run: Callable[[], object], threads: int, seconds: float) -> float:
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _rate(run: Callable[[], object], threads: int, seconds: float) -> tuple[float, float]:
+    """Return runs a second, 0.0 if a thread did not end even one, and how many processors this process had."""
     counts = [0] * threads
-    began_s = time.monotonic()
+    began_s, used_s = time.monotonic(), time.process_time()
 
     def repeat(number: int) -> None:
         try:
@@ -142,7 +157,8 @@ def _rate(run: Callable[[], object], threads: int, seconds: float) -> float:
     repeat(0)
     for other in others:
         other.join()
-    return sum(counts) / (time.monotonic() - began_s)
+    took_s = time.monotonic() - began_s
+    return sum(counts) / took_s if all(counts) else 0.0, (time.process_time() - used_s) / took_s
 
 
 def _timed(model: LoadedModel, feeds: Mapping[str, Array], wanted: Sequence[str], stop: Stop) -> float:

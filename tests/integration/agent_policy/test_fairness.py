@@ -1,10 +1,13 @@
 """Fairness with real workers, as ratios: what a flood costs others, weights, and how fast a quota refuses.
 
-The bounds are wider than the aims (2.5 times, 5 %), because others use this machine, too; the figures are printed.
+The bounds are wider than the aims (2.5 times, 5 %, 10 ms), because others use this machine, too; the figures are
+printed. With REMORA_FAIRNESS_S=20 each measures for so many seconds, and the aims are the bounds; REMORA_FAIRNESS_OUT
+names a file to which the figures are added, a line of JSON for each.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import statistics
@@ -30,11 +33,22 @@ weight = 3
 requests_per_s = 1
 """
 PLAIN, BATCHED = "efficientnet-lite0", "batched"
+_LONG = "REMORA_FAIRNESS_S" in os.environ
+SECONDS = float(os.environ.get("REMORA_FAIRNESS_S", "4"))
+#: Answers to one at a time whose median counts.
+ANSWERS = 300 if _LONG else 60
 _PICTURE = remora_v1.Tensor(name="input", dtype="float32", shape=[1, 3, 224, 224], data=bytes(602112))
 
 
 def request(model: str) -> remora_v1.InferRequest:
     return remora_v1.InferRequest(model=model, inputs=[_PICTURE])
+
+
+def report(what: str, **figures: float) -> None:
+    print(f"\n{what}: {', '.join(f'{name} {value:.3f}' for name, value in figures.items())}", end="")
+    if out := os.environ.get("REMORA_FAIRNESS_OUT"):
+        with Path(out).open("a") as file:
+            file.write(json.dumps({"what": what, **figures}) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +106,7 @@ sock = socket.socket(socket.AF_UNIX)
 sock.connect(sys.argv[1])
 with Guest(sock) as guest:
     times, inside = [], []
-    for _ in range(60):
+    for _ in range(int(sys.argv[3])):
         began_s = time.monotonic()
         timing = guest.call("Infer", request, remora_v1.InferResponse).timing
         times.append(time.monotonic() - began_s)
@@ -106,8 +120,8 @@ def quiet_s(agent: AgentProcess, model: str) -> tuple[float, float, float]:
     """Return medians of one request at a time: in all, queue and run; from a process that shares no lock with us."""
     support = str(Path(agent_process.__file__).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([support, *sys.path])}
-    command = [sys.executable, "-c", _QUIET, str(agent.socket), model]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    command = [sys.executable, "-c", _QUIET, str(agent.socket), model, str(ANSWERS)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert run.returncode == 0, run.stderr
     total_s, queue_s, run_s = map(float, run.stdout.split())
     return total_s, queue_s, run_s
@@ -122,8 +136,9 @@ def test_a_flood_of_another_tenant_leaves_a_sequential_one_its_time(
         beside = quiet_s(agent, asked)
     for name, (total_s, queue_s, run_s) in (("alone", alone), ("beside a flood", beside)):
         print(f"\n{name}: {total_s * 1e3:.1f} ms, queue {queue_s * 1e3:.1f}, run {run_s * 1e3:.1f}", end="")
-    print(f"\nratio {beside[0] / alone[0]:.2f}")
-    assert beside[0] / alone[0] < 3.5
+    ratio = beside[0] / alone[0]
+    report(f"{asked} beside a flood of {flooded}", alone_ms=alone[0] * 1e3, beside_ms=beside[0] * 1e3, ratio=ratio)
+    assert ratio < (2.5 if _LONG else 3.5)
 
 
 @pytest.mark.parametrize("models", [(PLAIN, PLAIN), (BATCHED, BATCHED), (PLAIN, BATCHED)])
@@ -131,13 +146,13 @@ def test_a_flood_of_another_tenant_leaves_a_sequential_one_its_time(
 def test_device_time_follows_weights(agent: AgentProcess, first: str, weight: float, models: tuple[str, str]) -> None:
     with flood(agent, first, 24, models[0]) as one, flood(agent, "light", 24, models[1]) as other:
         starts = len(one), len(other)
-        until_s = time.monotonic() + 4
+        until_s = time.monotonic() + SECONDS
         while time.monotonic() < until_s:
             time.sleep(0.05)
         used = [sum(list(times)[start:]) for times, start in zip((one, other), starts, strict=True)]
     ratio = used[0] / used[1]
-    print(f"\nweights {weight:g}:1, device time {ratio:.3f}:1")
-    assert ratio == pytest.approx(weight, rel=0.25)
+    report(f"device time of {models[0]} and {models[1]}, weights {weight:g}:1", ratio=ratio)
+    assert ratio == pytest.approx(weight, rel=0.05 if _LONG else 0.25)
 
 
 def test_a_tenant_over_its_rate_is_refused_at_once_and_others_are_not(agent: AgentProcess) -> None:
@@ -154,9 +169,9 @@ def test_a_tenant_over_its_rate_is_refused_at_once_and_others_are_not(agent: Age
                 messages.append(error.message)
             other.infer("identity", float(number))
     agent.detach("poor-box")
-    print(f"\nrefused in {statistics.median(refused) * 1e3:.2f} ms")
+    report("a refusal by requests_per_s", median_ms=statistics.median(refused) * 1e3)
     assert len(refused) >= 8
     for message in messages:
         assert 'rule [tenant."poor"] requests_per_s = 1 in agent.toml' in message
         assert "try again in" in message
-    assert statistics.median(refused) < 0.05
+    assert statistics.median(refused) < (0.01 if _LONG else 0.05)

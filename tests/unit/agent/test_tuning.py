@@ -35,6 +35,8 @@ GAINS = Measurement(FLAT, {1: 900.0, 2: 1800.0}, True)
         (Measurement(FLAT, {1: 900, 2: 1800}, False), "cpu", Plan(rows=1)),
         (Measurement(FLAT, {1: 900, 2: 500}, True), "cpu", Plan(rows=8, concurrent=1)),
         (Measurement(FLAT, {1: 900, 2: 910}, True), "cpu", Plan(rows=8)),
+        (Measurement(FLAT, {1: 900, 2: 760}, True), "cpu", Plan(rows=8)),
+        (Measurement(FLAT, {1: 900}, True), "cpu", Plan(rows=8)),
         (Measurement(FLAT, {1: 900, 2: 910}, True), "cuda:0", Plan(rows=8, concurrent=1)),
         (Measurement({}, {}, True), "cpu", ALONE),
     ],
