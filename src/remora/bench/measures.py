@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return self.rounds * 11 + self.throughput_rounds * 4 * len(self.clients)
+        return self.rounds * 12 + self.throughput_rounds * 4 * len(self.clients)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 | peer | what it is |
 |---|---|
-| grpc | a Python gRPC server that answers bytes with the same bytes, on a Unix socket |
+| grpc_bytes | a Python gRPC server that answers bytes with the same bytes, on a Unix socket: no message, no array |
+| grpc | the same server, as an identity model: Open Inference messages of protobuf, an array at both ends |
 | triton_grpc, triton_http | Triton's stock clients against the agent's own Open Inference Protocol door |
 
 They need packages that only remora[dev] brings; what is not installed is left out.
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-_METHOD = "/remora.bench.Echo/Call"
+_BYTES, _TENSOR = "/remora.bench.Echo/Bytes", "/remora.bench.Echo/Tensor"
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
 
 Tensor = np.ndarray[Any, np.dtype[np.float32]]
@@ -33,10 +34,25 @@ def serve_grpc(address: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     import grpc
+    from tritonclient.grpc import service_pb2 as oip
+
+    def tensor(request: Any, _context: object) -> Any:
+        """Do what a server must: read an array, compute another one, write that."""
+        given = request.inputs[0]
+        array = np.frombuffer(request.raw_input_contents[0], np.float32).reshape(given.shape).copy()
+        output = {"name": "output", "datatype": "FP32", "shape": array.shape}
+        return oip.ModelInferResponse(outputs=[output], raw_output_contents=[array.tobytes()])
+
+    handlers = {
+        _BYTES: grpc.unary_unary_rpc_method_handler(lambda message, _context: message),
+        _TENSOR: grpc.unary_unary_rpc_method_handler(
+            tensor, oip.ModelInferRequest.FromString, oip.ModelInferResponse.SerializeToString
+        ),
+    }
 
     class Echo(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types here
-        def service(self, _details: object) -> Any:
-            return grpc.unary_unary_rpc_method_handler(lambda message, _context: message)
+        def service(self, details: Any) -> Any:
+            return handlers[details.method]
 
     server = grpc.server(ThreadPoolExecutor(2), handlers=(Echo(),), options=_OPTIONS)
     server.add_insecure_port(address)
@@ -48,11 +64,12 @@ def serve_grpc(address: str) -> None:
 
 @contextmanager
 def grpc_echo(directory: Path, tensor: Tensor) -> Iterator[dict[str, Call]]:
-    """Start a gRPC echo process; yields a call that sends the tensor and makes an array of what comes back."""
-    if find_spec("grpc") is None:
+    """Start a gRPC echo process; yields calls that send the tensor and make an array of what comes back."""
+    if find_spec("grpc") is None or find_spec("tritonclient") is None:
         yield {}
         return
     import grpc
+    from tritonclient.grpc import service_pb2 as oip
 
     address = f"unix:{directory}/grpc.sock"
     command = [sys.executable, "-m", "remora.bench.peers", address]
@@ -62,8 +79,21 @@ def grpc_echo(directory: Path, tensor: Tensor) -> Iterator[dict[str, Call]]:
         try:
             process.stdout.readline()
             with grpc.insecure_channel(address, options=_OPTIONS) as channel:
-                echo = channel.unary_unary(_METHOD)
-                yield {"grpc": lambda: np.frombuffer(echo(tensor.tobytes()), np.float32).reshape(tensor.shape)}
+                echo = channel.unary_unary(_BYTES)
+                infer = channel.unary_unary(
+                    _TENSOR, oip.ModelInferRequest.SerializeToString, oip.ModelInferResponse.FromString
+                )
+
+                def call() -> object:
+                    given = {"name": "input", "datatype": "FP32", "shape": tensor.shape}
+                    request = oip.ModelInferRequest(inputs=[given], raw_input_contents=[tensor.tobytes()])
+                    answer = infer(request)
+                    return np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(answer.outputs[0].shape)
+
+                yield {
+                    "grpc_bytes": lambda: np.frombuffer(echo(tensor.tobytes()), np.float32).reshape(tensor.shape),
+                    "grpc": call,
+                }
         finally:
             process.stdin.close()
 

@@ -19,7 +19,8 @@ INPUTS = (Spec("input", "float32", (1, 4)),)
 class FakeModel:
     """A model that takes its time as it is told."""
 
-    inputs = outputs = INPUTS
+    inputs: tuple[Spec, ...] = INPUTS
+    outputs: tuple[Spec, ...] = INPUTS
     memory_bytes = 0
     exposure = Exposure()
 
