@@ -63,6 +63,8 @@ class LoadClient:
     ) -> None:
         self.tally = Tally()
         self.last_answer_s = 0.0
+        #: When the first answer came on the connection that is open now; 0: none so far.
+        self.first_answer_s = 0.0
         self._connect = connect
         self._model = model
         self._upload = upload
@@ -105,6 +107,7 @@ class LoadClient:
         self._stream = -1
         self._streams: dict[int, int] = {}  # stream -> request id
         self._hello(sock)
+        self.first_answer_s = 0.0
         for number in list(self._pending):
             self._send_infer(sock, number)
         while self._pending or not self._stop.is_set():
@@ -172,6 +175,7 @@ class LoadClient:
             return
         del self._pending[number]
         self.last_answer_s = time.monotonic()
+        self.first_answer_s = self.first_answer_s or self.last_answer_s
         self.tally.slowest_s = max(self.tally.slowest_s, self.last_answer_s - sent.began_s)
         if status is not None and status.code:
             self.tally.errors[f"{status.code}: {status.message}"[:200]] += 1

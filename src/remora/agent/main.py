@@ -8,25 +8,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from remora import __version__
 from remora.agent import lifecycle
 from remora.agent.addresses import Address
 from remora.agent.cards import CatalogueEntry
-from remora.agent.certificates import CertificateFiles
-from remora.agent.core import Core
 from remora.agent.handover import ENDING_S, Predecessor
 from remora.agent.inherited import Inherited
 from remora.agent.logs import Log
-from remora.agent.otlp import Exporter, TraceOptions
 from remora.agent.policy import Policy
-from remora.agent.reloading import Reloading
-from remora.agent.server import Agent
-from remora.agent.tracing import Buffer, Tracer
 from remora.reactor import Reactor
 from remora.workers.contract import Workers
 from remora.workers.settings import WorkerSettings
+
+if TYPE_CHECKING:  # imported in `run`, while the first worker starts
+    from remora.agent.certificates import CertificateFiles
+    from remora.agent.core import Core
+    from remora.agent.otlp import TraceOptions
+    from remora.agent.server import Agent
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def _within_descriptors(policy: Policy) -> Policy:
 
 def _trace(core: Core, target: TraceOptions) -> Callable[[], None]:
     """Follow requests from now on; returns what ends it."""
+    from remora.agent.otlp import Exporter
+    from remora.agent.tracing import Buffer, Tracer
+
     place = urlsplit(target.endpoint)
     shown = f"{place.scheme}://{place.hostname}:{place.port or ''}{place.path}"  # without a password
     buffer = Buffer()
@@ -123,6 +127,9 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         # Workers before sockets: whoever connects is served, and a node that cannot confine says so at once.
         workers = make_workers(reactor, policy.workers)
         stack.callback(workers.close)
+        from remora.agent.reloading import Reloading
+        from remora.agent.server import Agent
+
         if predecessor is not None:
             given_up = predecessor.retire(policy.limits.drain_timeout_s)
             stack.enter_context(lifecycle.StateLock(options.state, wait_s=ENDING_S))

@@ -15,7 +15,6 @@ from remora.agent.addresses import Address, parse_address
 from remora.agent.attachments import Attachment, Attachments
 from remora.agent.callers import UNKNOWN, Callers
 from remora.agent.cards import CatalogueEntry
-from remora.agent.certificates import CertificateFiles, TlsServer
 from remora.agent.core import Core
 from remora.agent.doors.control import ControlDoor
 from remora.agent.doors.health import Health
@@ -40,6 +39,7 @@ from remora.wire.ttrpc.reactor import ServerConnection
 from remora.workers.contract import Workers
 
 if TYPE_CHECKING:
+    from remora.agent.certificates import CertificateFiles, TlsServer
     from remora.agent.doors.oip_door import OipDoor
 
 #: Anyone of this host may connect to the agent's own socket: each is a tenant by its user.
@@ -213,6 +213,8 @@ class Agent:
         Raises:
             FailedPreconditionError: they cannot be used.
         """
+        from remora.agent.certificates import TlsServer  # OpenSSL: 30 ms of a start that most do without
+
         self._tls = TlsServer(self._reactor, files, self._limits)
         self.draining.unsent = self._tls.unsent
 

@@ -101,9 +101,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, control: Path) -> int:
-    from remora.agent import main, otlp, policy
+    from remora.agent import main, policy
     from remora.agent.addresses import parse_address, parse_listen_address
     from remora.agent.inherited import from_systemd
+    from remora.agent.otlp import options as trace_options
     from remora.catalog import load_catalog
     from remora.workers.pool import WorkerPool
 
@@ -122,7 +123,7 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         json_log=args.log_format == "json",
         ready_fd=args.ready_fd,
         config=args.config.absolute() if args.config is not None else None,
-        traces=otlp.options(args.trace_endpoint, args.trace_ratio, os.environ),
+        traces=trace_options(args.trace_endpoint, args.trace_ratio, os.environ),
         takeover=args.takeover,
         certificates=_certificates(args),
         inherited=inherited,

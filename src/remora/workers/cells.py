@@ -76,13 +76,13 @@ class Cells:
         confined = settings.confinement == "bubblewrap"
         found = cgroups.detect() if confined and settings.cgroups else "switched off"
         self._groups: Groups | None = found if isinstance(found, Groups) else None
-        self._uids = confined and settings.own_users and _users_work(settings)
+        self.own_users = confined and settings.own_users and _users_work(settings)
         self._numbers = count()
         self.report: dict[str, str] = {
             "cgroups": f"version {self._groups.version}: {', '.join(self._groups.controllers)}"
             if self._groups is not None
             else f"none ({found})",
-            "users": "one for each worker" if self._uids else "the agent's own",
+            "users": "one for each worker" if self.own_users else "the agent's own",
         }
 
     def make(self, worker: str) -> Cell:
@@ -98,7 +98,7 @@ class Cells:
                 f"a worker's control group cannot be made: {error.filename}: {error.strerror}",
                 fix="set workers.cgroups = false if resource limits alone are enough for you",
             ) from error
-        return Cell(worker, _uid(number) if self._uids else None, group)
+        return Cell(worker, _uid(number) if self.own_users else None, group)
 
     def close(self) -> None:
         if self._groups is not None:

@@ -47,9 +47,13 @@ class Domain:
         shared: bool,
         reactor: Reactor,
         settings: WorkerSettings,
-        take: Callable[[], WorkerProcess],
+        take: Callable[[Callable[[], None]], WorkerProcess | None],
         threads: int = 0,
     ) -> None:
+        """
+        Args:
+            take: Returns a worker; None if it is another's turn to start, and calls what it is given when it is ours.
+        """
         self.name = name
         #: Jobs that its worker runs at once.
         self.slots = threads or settings.threads
@@ -68,6 +72,7 @@ class Domain:
         self._backoff_s = 0.0
         self._failed_starts = 0
         self._restart: Timer | None = None
+        self._queued = False  # for its turn to start a worker
         self._deadline: Timer | None = None
         self._blameless = False
 
@@ -253,7 +258,7 @@ class Domain:
         """Do what can be done now: start a process, load what is wanted, hand out jobs in order."""
         process = self.process
         if process is None:
-            if self._restart is None and (self.waiting or self.residents):
+            if self._restart is None and not self._queued and (self.waiting or self.residents):
                 self._restart = self._reactor.call_later(self._backoff_s, self._launch)
             return
         if not process.ready:
@@ -265,11 +270,16 @@ class Domain:
                 self.waiting.append(pending)
 
     def _launch(self) -> None:
-        self._restart = None
+        self._restart, self._queued = None, False
+        if not self.waiting and not self.residents:
+            return  # what needed a worker has gone meanwhile
         try:
-            process = self._take()
+            process = self._take(self._launch)
         except RemoraError as error:
             self._fail_all(error)
+            return
+        if process is None:
+            self._queued = True
             return
         self.process = process
         process.on_message = self._message

@@ -11,6 +11,7 @@ import hashlib
 import math
 import mmap
 import os
+import select
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
@@ -26,7 +28,6 @@ import numpy as np
 from remora.backends import linalg
 from remora.backends.contract import Array, Limits, LoadedModel, Spec, Stop
 from remora.backends.formats import backend_for
-from remora.backends.vision.tasks import Mapper, PictureTask, picture_task
 from remora.errors import (
     CancelledError,
     DataLossError,
@@ -37,16 +38,21 @@ from remora.errors import (
 )
 from remora.workers import seccomp
 from remora.workers.calibration import calibrate
-from remora.workers.contract import PICTURES
+from remora.workers.contract import MAPS, PICTURES
 from remora.workers.inside import bound_memory, confine_self
 from remora.workers.joining import JoinedRun, Member
 from remora.workers.layout import Layout
 from remora.workers.packed import JOB, pack_answer, unpack_job
 from remora.workers.protocol import MAX_MESSAGE_BYTES, Message, decode, encode, error_parts, pack, unpack
 
+if TYPE_CHECKING:
+    from remora.backends.vision.tasks import Finder, Mapper, PictureTask
+
 #: Outputs at least this large are computed straight into the arena; below, binding costs more than the copy.
 _BIND_BYTES = 64 * 1024
 _MAX_EARLY_STOPS = 1024
+#: A worker that nobody wants for this long after its start imports what pictures need.
+_IDLE_MS = 50
 _MOST_PLANS = 256
 
 
@@ -73,6 +79,10 @@ class Worker:
     def serve(self) -> None:
         """Answer the control socket until it ends."""
         self._tell({"t": "hello"})
+        wanted = select.poll()  # which is what the filter allows
+        wanted.register(self._control, select.POLLIN)
+        if not wanted.poll(_IDLE_MS):
+            import remora.backends.vision.tasks  # noqa: F401 - for whoever comes; a first model need not wait for it
         while True:
             data, fds, _flags, _address = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1)
             if not data:
@@ -136,7 +146,12 @@ class Worker:
         backend = backend_for(message["format"])
         model = backend.load(data, self._device, self._limits)
         task = message["task"]
-        self._models[number] = model, task, picture_task(task, model, message["manifest"], message["classes"])
+        pictures: PictureTask | None = None
+        if task != "tensor":
+            from remora.backends.vision.tasks import picture_task
+
+            pictures = picture_task(task, model, message["manifest"], message["classes"])
+        self._models[number] = model, task, pictures
         return {
             "t": "loaded",
             "m": number,
@@ -275,11 +290,15 @@ class Worker:
             )
         start, length = job["image"]
         picture = memoryview(memory)[start : start + length]
-        if isinstance(pictures, Mapper):
-            found = pictures.map(picture, stop, self._limits)
+        if job["t"] in MAPS:
+            found = cast("Mapper", pictures).map(picture, stop, self._limits)
             layout = Layout.of(["map"], [found])
             return {"t": "done", "id": job["id"], "out": layout.places(self._store(job, layout, [found]))}
-        return {"t": "done", "id": job["id"], "labels": pictures.find(picture, job["top"], stop, self._limits)}
+        return {
+            "t": "done",
+            "id": job["id"],
+            "labels": cast("Finder", pictures).find(picture, job["top"], stop, self._limits),
+        }
 
     def _model(self, job: Message) -> LoadedModel:
         model = self._models.get(job["m"], (None,))[0]

@@ -23,6 +23,7 @@ from remora.workers.jobs import Done, PendingJob
 from remora.workers.process import WorkerProcess, memory_bytes
 from remora.workers.residents import LoadDone, MeasureDone
 from remora.workers.settings import WorkerSettings
+from remora.workers.starts import Starts
 
 _OPERATIONS = (*PICTURES, "infer", "compute", "exec", "noop")
 #: A new spare starts this long after the last was taken, so that it does not compete with the one who took it.
@@ -53,10 +54,11 @@ class WorkerPool:
     def __init__(self, reactor: Reactor, settings: WorkerSettings | None = None) -> None:
         self._reactor = reactor
         self._settings = settings or WorkerSettings()
-        launcher.probe(self._settings)
+        self._cells = Cells(self._settings)
+        if not self._cells.own_users:  # which have shown that a worker's interpreter starts in bubblewrap
+            launcher.probe(self._settings)
         if self._settings.confinement == "bubblewrap":
             launcher.sweep()
-        self._cells = Cells(self._settings)
         #: What holds workers besides their namespaces, for the log.
         self.on_death: Callable[[str, str], None] = lambda _domain, _reason: None
         self.confinement: Mapping[str, str] = self._cells.report
@@ -64,6 +66,7 @@ class WorkerPool:
         self._arenas: dict[str, Arena] = {}
         self._spares: list[WorkerProcess] = []
         self._spare_timer: Timer | None = None
+        self._starts = Starts(reactor)
         self._job_ids = count(1)
         self._closed = False
         self._all: set[WorkerProcess] = set()
@@ -159,6 +162,7 @@ class WorkerPool:
         self._closed = True
         if self._spare_timer is not None:
             self._spare_timer.cancel()
+        self._starts.close()
         for domain in self._domains.values():
             domain.close(UnavailableError("the agent is shutting down"))
         for process in self._all:
@@ -184,14 +188,21 @@ class WorkerPool:
         domain = self._domains.get(name)
         if domain is None:
             domain = self._domains[name] = Domain(
-                name, shared=name == SHARED, reactor=self._reactor, settings=self._settings, take=self._take
+                name,
+                shared=name == SHARED,
+                reactor=self._reactor,
+                settings=self._settings,
+                take=partial(self._take, name == SHARED),
             )
             domain.on_death = lambda reason: self.on_death(name, reason)
         return domain
 
-    def _take(self) -> WorkerProcess:
-        """Return a worker that belongs to nobody: the spare, or a new one."""
+    def _take(self, first: bool, again: Callable[[], None]) -> WorkerProcess | None:
+        """Return a worker that belongs to nobody: the spare, or a new one; None if `again` is called in its turn."""
         self._spares = [spare for spare in self._spares if not spare.dead]
+        if not self._spares and not self._starts.free:
+            self._starts.wait(again, first=first)
+            return None
         process = self._spares.pop(0) if self._spares else self._launch()
         if self._spare_timer is None and not self._closed:
             self._spare_timer = self._reactor.call_later(_SPARE_DELAY_S, self._refill)
@@ -200,12 +211,15 @@ class WorkerPool:
     def _launch(self) -> WorkerProcess:
         return self._started(WorkerProcess(self._reactor, self._settings, self._cells.make))
 
-    def _launch_library(self, source: ModelSource) -> WorkerProcess:
-        """Start a worker for one library; its files are copied into it as it starts.
+    def _launch_library(self, source: ModelSource, again: Callable[[], None]) -> WorkerProcess | None:
+        """Start a worker for one library, in its turn; its files are copied into it as it starts.
 
         Raises:
             NotFoundError: a file is gone.
         """
+        if not self._starts.free:
+            self._starts.wait(again)
+            return None
         with ExitStack() as stack:
             files = []
             for path in (*(path for _digest, path in source.needs), source.path):
@@ -218,12 +232,16 @@ class WorkerPool:
     def _started(self, process: WorkerProcess) -> WorkerProcess:
         self._all = {known for known in self._all if not known.reaped}
         self._all.add(process)
+        self._starts.began(process)
         return process
 
     def _refill(self) -> None:
         self._spare_timer = None
         self._spares = [spare for spare in self._spares if not spare.dead]
         while len(self._spares) < self._settings.standby:
+            if not self._starts.free:
+                self._starts.wait(self._refill)  # behind all who need a worker now
+                return
             try:
                 self._spares.append(self._launch())
             except RemoraError:

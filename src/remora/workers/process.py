@@ -55,6 +55,8 @@ class WorkerProcess:
         self.dead = False
         self.started_s = time.monotonic()
         self.on_ready: Callable[[], None] = lambda: None
+        #: Called once, when the process is ready or will never be.
+        self.on_started: Callable[[], None] = lambda: None
         self.on_message: Callable[[Message], None] = _unexpected
         self.on_death: Callable[[str], None] = lambda _reason: None
         self._reactor = reactor
@@ -187,6 +189,7 @@ class WorkerProcess:
             self._start_timer.cancel()
         self.pid = self._read_pid()
         self.on_ready()
+        self.on_started()
 
     def _read_pid(self) -> int:
         """Return the worker's own pid, which bubblewrap (its parent) has written before starting it."""
@@ -240,6 +243,8 @@ class WorkerProcess:
         self._close_fds()
         words = self.last_words()
         self._reactor.call_soon(lambda: self.on_death(f"{reason} ({words})" if words else reason))
+        if not self.ready:
+            self._reactor.call_soon(lambda: self.on_started())
 
     @property
     def reaped(self) -> bool:
