@@ -30,7 +30,7 @@ class Answer:
     def __init__(self, result: Result, queue_us: int) -> None:
         self.result = result
         self.queue_us = queue_us
-        self.size_bytes = sum(len(tensor.data) for tensor in result.outputs) + OVERHEAD_BYTES
+        self.size_bytes = sum([len(tensor.data) for tensor in result.outputs]) + OVERHEAD_BYTES
         self._users = 1
 
     def take(self) -> Answer:

@@ -57,7 +57,7 @@ class Operation:
     @property
     def size_bytes(self) -> int:
         """Bytes of input."""
-        return sum(len(tensor.data) for tensor in self.inputs) + (len(self.image) if self.image is not None else 0)
+        return sum([len(tensor.data) for tensor in self.inputs]) + (len(self.image) if self.image is not None else 0)
 
 
 def check_digest(digest: str) -> str:

@@ -96,7 +96,7 @@ class FairScheduler:
         tenant, share, now_s = ticket.tenant, ticket.share, self._now_s()
         worker, lane = self._lane(ticket.lane)
         most = share.queue or self._queue_length
-        if self.waiting[tenant] >= most:
+        if self.waiting.get(tenant, 0) >= most:
             raise with_retry(
                 ResourceExhaustedError(
                     f"{most} requests of this tenant wait already ({share.queue_rule or _NODE_RULE})",
@@ -108,10 +108,11 @@ class FairScheduler:
         lane.plan = ticket.plan
         ticket.since_s = now_s
         worker.came(tenant, now_s)
-        if tenant not in self._active:
+        active = self._active.get(tenant, 0)  # not [tenant]: a Counter asks a function for what it does not have
+        if not active:
             self._virtual[tenant] = max(self._floor(), self._virtual.get(tenant, 0.0))
-        self._active[tenant] += 1
-        worker.active[tenant] += 1
+        self._active[tenant] = active + 1
+        worker.active[tenant] = worker.active.get(tenant, 0) + 1
         lane.count += 1
         free = not worker.order and not lane.held and worker.running < self._room(worker)
         if free and not lane.full and not self._at_cap(ticket) and not self._holds(worker, lane, ticket, ticket.rows):
@@ -142,14 +143,18 @@ class FairScheduler:
         The furthest ahead would not do: a flood of one worker would make those who join another wait for as long. What
         runs is charged already; nobody starts behind that, or a flood would always have one more turn first.
         """
-        return min(self._present, min((self._virtual[tenant] for tenant in self._active), default=self._present))
+        if not self._active:
+            return self._present
+        return min(self._present, min(map(self._virtual.__getitem__, self._active)))
 
     def _at_cap(self, ticket: Ticket) -> bool:
         return bool(ticket.share.concurrent) and self.running[ticket.tenant] >= ticket.share.concurrent
 
     def _holds(self, worker: WorkerLanes, lane: Queues, ticket: Ticket, waiting_rows: int) -> bool:
         """True if the ticket waits for company; then it is looked at again when it has waited long enough."""
-        if self._call_later is None or not worker.wants_company(lane, ticket, waiting_rows, self._now_s()):
+        if not lane.plan.wait_s or self._call_later is None:
+            return False
+        if not worker.wants_company(lane, ticket, waiting_rows, self._now_s()):
             return False
         ticket.held_s = ticket.held_s or self._now_s()
 
@@ -165,9 +170,11 @@ class FairScheduler:
         if ticket.deadline_s is None:
             return
         run_us, left_us = lane.times.least_us(now_s), (ticket.deadline_s - now_s) * 1e6
-        own = len(lane.by_tenant.get(ticket.tenant, ())) / max(1, ticket.plan.rows)
-        # The tenant's own requests go first in any case; what of others' goes first depends on what still comes.
-        needed_us = run_us * (1 + own / max(1, self._slots(ticket.lane[0])))
+        waiting, needed_us = lane.by_tenant.get(ticket.tenant), run_us
+        if waiting:
+            # The tenant's own requests go first in any case; what of others' goes first depends on what still comes.
+            own = len(waiting) / max(1, ticket.plan.rows)
+            needed_us *= 1 + own / max(1, self._slots(ticket.lane[0]))
         if needed_us > left_us:
             raise DeadlineExceededError(
                 f"the answer would be too late: it takes about {needed_us / 1000:.0f} ms, "
@@ -287,10 +294,10 @@ class FairScheduler:
         alone = len(self._active) == 1
         self._present = max(self._present, self._virtual[ticket.tenant] if alone else self._key(ticket))
         self._virtual[ticket.tenant] += ticket.charged_us / ticket.share.weight
-        self.running[ticket.tenant] += 1
+        self.running[ticket.tenant] = self.running.get(ticket.tenant, 0) + 1
 
     def _start(self, tickets: list[Ticket]) -> None:
-        turn = Turn(len(tickets), sum(ticket.rows for ticket in tickets))
+        turn = Turn(len(tickets), sum([ticket.rows for ticket in tickets]))
         for ticket in tickets:
             ticket.turn = turn
         if len(tickets) > 1 and self.together is not None:

@@ -16,7 +16,6 @@ from remora.wire.remora_v1 import DTYPES
 from remora.workers.arena import Arena, ArenaBlock, Region, RegionBlock, SharedMemory, aligned
 from remora.workers.contract import (
     MAPS,
-    PICTURES,
     PLACE_NUMBERS,
     Job,
     LabelScore,
@@ -70,7 +69,7 @@ class PendingJob:
         #: The client's memory that its tensors lie in.
         self.region = job.region if isinstance(job.region, Region) else None
         #: What the size of a model's outputs depends on, as a rule.
-        self.form = (job.model, job.outputs, tuple(tensor.shape for tensor in job.inputs))
+        self.form = (job.model, job.outputs, tuple([tensor.shape for tensor in job.inputs]))
         #: True if the size of the outputs was known beforehand.
         self.sized = False
         self._copies: list[ArenaBlock] = []
@@ -87,6 +86,10 @@ class PendingJob:
         """
         self._free_memory()
         self.sized = guess_bytes > 0
+        if self.job.operation == "infer" and spec is not None and self.arena is not None:
+            self._wanted = wanted_outputs(spec, self.job.outputs)
+            self.block = self._output_block(guess_bytes)
+            return _checked(self._packed(number, self.region or self.arena, self.block))
         message: Message = {"t": self.job.operation, "id": self.id}
         if self.job.operation in ("compute", "exec") and self.arena is not None:
             self._wanted, self.sized = self.job.results, True
@@ -96,18 +99,13 @@ class PendingJob:
             message["in"] = self._inputs()
             message["out"] = [[spec.name, spec.dtype, spec.shape] for spec in self._wanted]
         elif spec is not None and self.arena is not None:
+            image = self.job.image or memoryview(b"")
             message.update(m=number, a=self.arena.id)
-            if self.job.operation in PICTURES:
-                image = self.job.image or memoryview(b"")
-                message.update(image=[self._place(image), len(image)], top=min(self.job.top, MOST_LABELS))
+            message.update(image=[self._place(image), len(image)], top=min(self.job.top, MOST_LABELS))
             if self.job.operation in MAPS:
                 self._wanted = (TensorSpec("map", MAPS[self.job.operation], (-1, -1)),)
                 self.block = self.arena.allocate(guess_bytes or _GUESS_BYTES)
                 message.update(b=self.block.arena.id, off=self.block.offset, len=self.block.size)
-            elif self.job.operation not in PICTURES:
-                self._wanted = wanted_outputs(spec, self.job.outputs)
-                self.block = self._output_block(guess_bytes)
-                return _checked(self._packed(number, self.region or self.arena, self.block))
         return _checked(encode(message))
 
     def _packed(self, number: int, memory: SharedMemory, block: ArenaBlock | RegionBlock) -> bytes:

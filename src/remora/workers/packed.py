@@ -57,7 +57,7 @@ def pack_job(
         room: Where outputs may lie: offset and length.
         offsets: Where the inputs lie.
     """
-    key = (tuple(outputs), *((one.name, one.dtype, one.shape) for one in inputs))
+    key = (tuple(outputs), *[(one.name, one.dtype, one.shape) for one in inputs])
     form = _forms.get(key)
     if form is None:
         form = encode_value([list(outputs), [[one.name, one.dtype, one.shape] for one in inputs]])
