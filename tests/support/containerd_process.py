@@ -47,7 +47,7 @@ state = "{base}/state"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.remora]
       runtime_type = "io.containerd.remora.v2"
       pod_annotations = ["io.remora.*"]
-      container_annotations = ["io.remora.*"]
+      container_annotations = ["io.remora.*", "grant.remora.dev/*"]
       privileged_without_host_devices = true
       [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.remora.options]
         TypeUrl = "remora/config"
@@ -83,7 +83,7 @@ state = "{base}/state"
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.remora]
       runtime_type = "io.containerd.remora.v2"
       pod_annotations = ["io.remora.*"]
-      container_annotations = ["io.remora.*"]
+      container_annotations = ["io.remora.*", "grant.remora.dev/*"]
       privileged_without_host_devices = true
       [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.remora.options]
         TypeUrl = "remora/config"

@@ -45,6 +45,20 @@ class Kubelet:
         call = self.channel(endpoint).unary_stream(method, Message.to_bytes, v1.ListAndWatchResponse.decode)
         return call(v1.Empty(), timeout=20)
 
+    def options(self, endpoint: str) -> v1.Options:
+        method = f"/{v1.DEVICE_PLUGIN}/GetDevicePluginOptions"
+        call = self.channel(endpoint).unary_unary(method, Message.to_bytes, v1.Options.decode)
+        answer: v1.Options = call(v1.Empty(), timeout=5)
+        return answer
+
+    def prefer(self, endpoint: str, available: list[str], size: int, must: list[str] | None = None) -> list[str]:
+        """Ask for one container, as the kubelet does before it allocates."""
+        method = f"/{v1.DEVICE_PLUGIN}/GetPreferredAllocation"
+        call = self.channel(endpoint).unary_unary(method, Message.to_bytes, v1.PreferredResponse.decode)
+        one = v1.ContainerPreferredRequest(available=available, must_include=must or [], size=size)
+        answer: v1.PreferredResponse = call(v1.PreferredRequest(container_requests=[one]), timeout=5)
+        return list(answer.container_responses[0].device_ids)
+
     def allocate(self, endpoint: str, *containers: list[str]) -> v1.AllocateResponse:
         method = f"/{v1.DEVICE_PLUGIN}/Allocate"
         call = self.channel(endpoint).unary_unary(method, Message.to_bytes, v1.AllocateResponse.decode)

@@ -15,6 +15,7 @@ from remora.agent.disk import DiskPool
 from remora.agent.execution import Execution
 from remora.agent.exposition import Exposition
 from remora.agent.files import ResourceFiles
+from remora.agent.grants import Grants
 from remora.agent.identity import Identity
 from remora.agent.journal import Journal
 from remora.agent.libraries import Libraries
@@ -69,6 +70,8 @@ class Core:
         self.store = Store(self.files, self.journal, self.disk, policy.store, policy.limits)
         self.sessions = Sessions(self.journal, self.store, policy.limits, time.monotonic, self._session_ended)
         self.quotas = Quotas(policy.rules, time.monotonic)
+        self.grants = Grants(self.journal, self.quotas.regranted)
+        self.quotas.granted = self.grants.of
         self.libraries = Libraries(workers, self.store, self.quotas, policy.workers.libraries, time.monotonic)
         notebook = Notebook(state / "models.json", self.disk)
         self.tuning = Tuning(workers, notebook, policy.workers, time.monotonic)

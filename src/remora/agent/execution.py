@@ -196,7 +196,8 @@ class Execution:
         terms = self._quotas.terms(run.session.owner, run.session.tenant)
         modelless = run.operation.name in (COMPUTE, EXEC)
         device = "cpu" if modelless else self._models.device(domain, run.operation.model)
-        terms.check("devices", device)
+        terms.check_device(device)
+        self._quotas.admit_on(device, run.session.owner, terms)
         run.device, run.domain = device, domain
         run.ticket = ticket = Ticket(
             run.session.tenant,
@@ -204,7 +205,7 @@ class Execution:
             lambda: self._start(run),
             lambda error: self._finish(run, error),
             run.operation.deadline_s,
-            terms.share,
+            terms.share_on(device),
         )
         ticket.owner = run
         ticket.plan = self._models.plan(domain, run.operation)
@@ -284,8 +285,8 @@ class Execution:
                 # What failed or was given up has used its time, too: else that would be the way around a share.
                 part = ticket.rows / ticket.turn.rows if ticket.turn is not None else 1.0
                 used_us = run_us if measured else int((timings.ended_s - timings.begun_s) * 1e6 * part)
-                tenant = run.session.tenant
-                self._quotas.charge(tenant, self._quotas.terms(run.session.owner, tenant), used_us)
+                tenant, key = run.session.tenant, run.session.owner
+                self._quotas.charge(tenant, self._quotas.terms(key, tenant), used_us, device=run.device, key=key)
                 self._scheduler.finished(ticket, used_us, measured=measured)
 
     def _finish(self, run: Run, outcome: Answer | RemoraError) -> None:

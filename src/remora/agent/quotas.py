@@ -1,15 +1,19 @@
 """Rates: what a tenant may start per second, and how much device time it may use per second. Token buckets.
 
 A bucket belongs to a tenant and the rule that gave it, so that callers of one tenant with other labels have their own.
-Device time is charged when it is known, after a run; a tenant in debt is refused until its rate has paid for it.
+Device time is charged when it is known, after a run; a tenant in debt is refused until its rate has paid for it. What
+a pod was granted has buckets of its own, one for each kind of device, beside those of policy: the fuller debt decides.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from remora.agent.rules import Rules, Terms
+from remora.agent.hints import with_retry
+from remora.agent.rules import Granted, Rules, Terms, kind_of
+from remora.errors import ResourceExhaustedError
 
 #: Buckets beyond which full ones are forgotten: they say the same as none.
 _MOST_BUCKETS = 4096
@@ -17,6 +21,11 @@ _MOST_BUCKETS = 4096
 _MOST_TERMS = 16384
 #: Identities without a connection whose labels are remembered.
 _MOST_ABSENT = 4096
+
+
+def holder_of(key: str, labels: Mapping[str, str]) -> str:
+    """Return whose grants an identity has: its pod's, which may have another sandbox after this one."""
+    return labels.get("uid") or key
 
 
 class Bucket:
@@ -51,6 +60,11 @@ class Quotas:
         self._connections: Counter[str] = Counter()  # of those
         self._absent: OrderedDict[str, None] = OrderedDict()  # those without a connection, longest first
         self._buckets: dict[tuple[str, str, str], Bucket] = {}
+        #: Returns what a holder was granted, by kind of device; `regranted` is called when that changes.
+        self.granted: Callable[[str], Mapping[str, Granted]] = lambda _holder: {}
+
+    def regranted(self) -> None:
+        self._terms.clear()
 
     def replace(self, rules: Rules) -> None:
         """Go by other rules from now on. Buckets whose rate stays the same keep what is in them."""
@@ -89,7 +103,12 @@ class Quotas:
         if found is None:
             if len(self._terms) >= _MOST_TERMS:
                 self._terms.clear()
-            found = self._terms[key, tenant] = self.rules.terms(tenant, self._labels.get(key, {}))
+            labels = self._labels.get(key, {})
+            found = self.rules.terms(tenant, labels)
+            grants = self.granted(holder_of(key, labels))
+            if grants:
+                found = replace(found, grants=grants)
+            self._terms[key, tenant] = found
         return found
 
     def admit(self, tenant: str, terms: Terms) -> None:
@@ -113,20 +132,48 @@ class Quotas:
                 raise terms.exhausted("requests_per_s", "this tenant sends too many requests", after_s)
             bucket.take(1.0)
 
-    def charge(self, tenant: str, terms: Terms, run_us: int) -> None:
+    def admit_on(self, device: str, key: str, terms: Terms) -> None:
+        """
+        Raises:
+            ResourceExhaustedError: the pod has used what it was granted of such devices; says when it has more.
+        """
+        granted = terms.grants.get(kind_of(device))
+        if granted is None:
+            return
+        now_s = self._now_s()
+        after_s = self._granted_bucket(granted, key, terms, now_s).wait_s(1e-9, now_s)
+        if after_s:
+            what = f"this pod has used its {granted.shares} shares of remora.dev/{granted.kind} ({granted.rule})"
+            raise with_retry(ResourceExhaustedError(what), after_s)
+
+    def charge(self, tenant: str, terms: Terms, run_us: int, *, device: str = "", key: str = "") -> None:
         """Note device time that was used."""
+        granted = terms.grants.get(kind_of(device)) if device else None
+        if terms.values["device_s_per_s"] is None and granted is None:
+            return
+        now_s = self._now_s()
+        buckets = []
         if terms.values["device_s_per_s"] is not None:
-            now_s = self._now_s()
-            bucket = self._bucket(tenant, "device_s_per_s", terms, now_s)
+            buckets.append(self._bucket(tenant, "device_s_per_s", terms, now_s))
+        if granted is not None:
+            buckets.append(self._granted_bucket(granted, key, terms, now_s))
+        for bucket in buckets:
             bucket.wait_s(0.0, now_s)
             bucket.take(run_us / 1e6)
+
+    def _granted_bucket(self, granted: Granted, key: str, terms: Terms, now_s: float) -> Bucket:
+        rate = granted.device_s_per_s
+        holder = holder_of(key, self._labels.get(key, {}))
+        return self._made((holder, "grant", granted.kind), rate, rate * terms.values["burst_s"], now_s)
 
     def _bucket(self, tenant: str, key: str, terms: Terms, now_s: float) -> Bucket:
         rate = float(terms.values[key])
         most = rate * terms.values["burst_s"]
         if key == "requests_per_s":
             most = max(1.0, most)
-        name = (tenant, key, terms.sources.get(key, ""))
+        return self._made((tenant, key, terms.sources.get(key, "")), rate, most, now_s)
+
+    def _made(self, name: tuple[str, str, str], rate: float, most: float, now_s: float) -> Bucket:
         bucket = self._buckets.get(name)
         if bucket is None or (bucket.rate, bucket.most) != (rate, most):
             if len(self._buckets) >= _MOST_BUCKETS:

@@ -16,7 +16,9 @@ from remora.wire.ttrpc.frames import MessageTooLargeError
 
 _LIMIT = re.compile(r"\(((limits|store|workers)\.([a-z_]+))\)")
 _RULE_MARK = "(rule ["
-_RULE = re.compile(r"\(rule (\[(?:defaults|\[label\]|tenant\.\"[^\"\]]{1,200}\")\](?: \d+)?) ([a-z_]+) = ")
+_RULE = re.compile(
+    r"\(rule (\[(?:defaults|\[label\]|grant\.[a-z]{1,16}|tenant\.\"[^\"\]]{1,200}\")\](?: \d+)?) ([a-z_]+) = "
+)
 _CODES = {
     1: "CANCELLED",
     3: "INVALID_ARGUMENT",
@@ -82,6 +84,9 @@ def _of_rule(code: str, message: str) -> Refusal | None:
     value, _, file = message[found.end() : message.rfind(")")].rpartition(" in ")
     if not file:
         return None
+    if found[1].startswith("[grant."):
+        kind = found[1].removeprefix("[grant.").removesuffix("]")
+        return Refusal(code, f"{found[1]} {found[2]}", value, f"give the pod more shares of remora.dev/{kind}")
     change = f"change {found[2]} of {found[1]} in {file} and send SIGHUP, if the tenant may have more"
     return Refusal(code, f"{found[1]} {found[2]}", value, change)
 

@@ -7,7 +7,7 @@ table. Each value remembers the table it came from, so that a refusal can name i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,7 @@ KEYS: dict[str, tuple[Any, float, float, str]] = {
     "operations": (("*",), 0, 0, 'a list of patterns such as ["classify", "infer"]'),
     "models": (("*",), 0, 0, 'a list of patterns such as ["efficientnet-*"]'),
     "devices": (("*",), 0, 0, 'a list of patterns such as ["cpu", "cuda:*"]'),
+    "require_grant": ((), 0, 0, 'a list of patterns such as ["cuda:*"]'),
     "exec": (False, 0, 0, "true or false"),
     "libraries": (("*",), 0, 0, 'a list of patterns such as ["sha256:1f0c..."]'),
     "concurrent_requests": (None, 1, 1 << 20, "a whole number of at least 1"),
@@ -36,7 +37,15 @@ KEYS: dict[str, tuple[Any, float, float, str]] = {
 }
 _NUMBERS = ("requests_per_s", "device_s_per_s", "burst_s", "weight")
 #: Lists of patterns, and the word for one thing that they allow.
-_LISTS = {"operations": "operation", "models": "model", "devices": "device", "libraries": "library"}
+_LISTS = {
+    "operations": "operation",
+    "models": "model",
+    "devices": "device",
+    "require_grant": "device",
+    "libraries": "library",
+}
+#: Kinds of devices that shares are of, as Kubernetes counts them: `remora.dev/<kind>`.
+KINDS = ("cpu", "gpu")
 _MAX_PATTERNS = 256
 _MAX_RULES = 4096
 _LONG = 1 << 128
@@ -58,6 +67,29 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Granted:
+    """What the kubelet gave to a pod of one kind of device."""
+
+    kind: str
+    shares: int
+    shares_per_device: int
+
+    @property
+    def device_s_per_s(self) -> float:
+        return self.shares / self.shares_per_device
+
+    @property
+    def rule(self) -> str:
+        """How a refusal names it."""
+        return f"rule [grant.{self.kind}] device_s_per_s = {self.device_s_per_s:g} in the pod's resources"
+
+
+def kind_of(device: str) -> str:
+    """Return the kind that a device of the agent's (`cpu`, `cuda:0`) counts as."""
+    return "cpu" if device == "cpu" else "gpu"
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """What one caller may do. `sources` has the table that set each key; keys without one have their default."""
 
@@ -65,6 +97,8 @@ class Terms:
     sources: Mapping[str, str]
     file: str = ""
     share: Share = EVERYONE
+    #: By kind of device.
+    grants: Mapping[str, Granted] = field(default_factory=dict)
 
     def rule(self, key: str) -> str:
         """Return how a refusal names the rule: file, table, key and value."""
@@ -81,6 +115,26 @@ class Terms:
             raise PermissionDeniedError(
                 f"{_LISTS[key]} {value[:100]!r} is not allowed ({self.rule(key)})", fix="ask the operator to allow it"
             )
+
+    def check_device(self, device: str) -> None:
+        """
+        Raises:
+            PermissionDeniedError: policy forbids the device, or keeps it for pods with a grant, which this is not.
+        """
+        self.check("devices", device)
+        kind = kind_of(device)
+        if kind not in self.grants and self.allows("require_grant", device):
+            raise PermissionDeniedError(
+                f"device {device} is for pods with a grant ({self.rule('require_grant')})",
+                fix=f"ask for remora.dev/{kind} in the resources of the pod's containers",
+            )
+
+    def share_on(self, device: str) -> Share:
+        """Return how requests that run on a device compete: with a grant as many times as it has shares."""
+        granted = self.grants.get(kind_of(device))
+        if granted is None:
+            return self.share
+        return replace(self.share, weight=min(KEYS["weight"][2], self.share.weight * granted.shares))
 
     def allows(self, key: str, value: str) -> bool:
         return _allowed(self.values[key], value)

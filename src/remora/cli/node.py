@@ -22,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shares", type=int, default=10, metavar="N", help="shares of each device (default: 10)")
     parser.add_argument(
+        "--placement",
+        choices=("pack", "spread"),
+        default="pack",
+        help="which device's shares to prefer: the one with least room for a request, which keeps others whole, or the "
+        "one with most (default: pack)",
+    )
+    parser.add_argument(
         "--kubelet",
         type=Path,
         default=Path("/var/lib/kubelet/device-plugins"),
@@ -36,12 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from remora.agent import status
     from remora.errors import InvalidArgumentError, RemoraError
+    from remora.kube import numa
     from remora.kube.plugin import DevicePlugin
     from remora.kube.shares import Resource
+    from remora.wire import control_v1
 
     control = (args.control or paths.control_socket()).absolute()
     cpus = len(os.sched_getaffinity(0)) if args.cpus is None else args.cpus
-    resources = [Resource(kind, n, args.shares) for kind, n in (("gpu", args.gpus), ("cpu", cpus)) if n]
+    resources = [
+        Resource(kind, n, args.shares, args.placement, {d: node for d, node in numa.nodes(kind).items() if d < n})
+        for kind, n in (("gpu", args.gpus), ("cpu", cpus))
+        if n
+    ]
     if not resources:
         raise InvalidArgumentError("there is nothing to advertise", fix="give --gpus N or --cpus N")
 
@@ -51,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
         except RemoraError:
             return False
 
-    plugins = [DevicePlugin(resource, args.kubelet, healthy) for resource in resources]
+    def state(grant: control_v1.GrantRequest) -> None:
+        status.call(control, "Grant", grant, control_v1.Empty)
+
+    plugins = [DevicePlugin(resource, args.kubelet, healthy, state) for resource in resources]
     threads = [threading.Thread(target=plugin.run, name="plugin") for plugin in plugins]
 
     def stop(_signum: int, _frame: object) -> None:

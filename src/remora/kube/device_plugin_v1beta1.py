@@ -1,12 +1,12 @@
 """Messages of the kubelet's device plugin API, package `v1beta1`.
 
 Source: https://github.com/kubernetes/kubelet/blob/master/pkg/apis/deviceplugin/v1beta1/api.proto. Left out is what this
-plugin never sends: mounts, devices, CDI names, topology.
+plugin never sends: mounts, devices, CDI names.
 """
 
 from __future__ import annotations
 
-from remora.wire.protobuf import Message, bool_, map_, message, string
+from remora.wire.protobuf import Message, bool_, int32, int64, map_, message, string
 
 VERSION = "v1beta1"
 REGISTRATION = "v1beta1.Registration"
@@ -31,14 +31,43 @@ class RegisterRequest(Message):
     options: Options | None = message(4, Options)
 
 
+class NumaNode(Message):
+    id: int = int64(1)
+
+
+class Topology(Message):
+    nodes: list[NumaNode] = message(1, NumaNode, repeated=True)
+
+
 class Device(Message):
     #: At most 63 characters.
     id: str = string(1)
     health: str = string(2)
+    topology: Topology | None = message(3, Topology)
 
 
 class ListAndWatchResponse(Message):
     devices: list[Device] = message(1, Device, repeated=True)
+
+
+class ContainerPreferredRequest(Message):
+    available: list[str] = string(1, repeated=True)
+    #: Part of the answer in any case.
+    must_include: list[str] = string(2, repeated=True)
+    #: How many in all.
+    size: int = int32(3)
+
+
+class PreferredRequest(Message):
+    container_requests: list[ContainerPreferredRequest] = message(1, ContainerPreferredRequest, repeated=True)
+
+
+class ContainerPreferredResponse(Message):
+    device_ids: list[str] = string(1, repeated=True)
+
+
+class PreferredResponse(Message):
+    container_responses: list[ContainerPreferredResponse] = message(1, ContainerPreferredResponse, repeated=True)
 
 
 class ContainerAllocateRequest(Message):

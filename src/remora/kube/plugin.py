@@ -3,6 +3,9 @@
 grpcio speaks for it (docs/decisions/0015): the other side is grpc-go, and a node has one such process. The messages are
 our codec's. Whether shares are healthy is asked of the agent each `interval_s`, and so is whether our socket and the
 kubelet's are still the ones that were registered: a kubelet that restarts removes all plugins' sockets.
+
+A grant is stated to the agent before the kubelet hears of it, so an agent that is being restarted delays `Allocate`,
+for which the kubelet waits; one that does not come back fails the pod's admission.
 """
 
 from __future__ import annotations
@@ -10,20 +13,32 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 
-from remora.errors import RemoraError
+from remora.errors import RemoraError, UnavailableError
 from remora.kube import device_plugin_v1beta1 as v1
 from remora.kube.shares import Resource
+from remora.wire import control_v1
 from remora.wire.protobuf import Message
 
 KUBELET_DIRECTORY = Path("/var/lib/kubelet/device-plugins")
 KUBELET_SOCKET = "kubelet.sock"
 _CALL_TIMEOUT_S = 5.0
+#: How long an agent that is being restarted is waited for, and how often it is tried.
+_AGENT_S = 20.0
+_RETRY_S = 0.2
+#: What a server that ends waits for; the kubelet notices a plugin that is gone.
+_END_S = 5.0
+_OPTIONS = v1.Options(get_preferred_allocation_available=True)
+_STATUS = {
+    3: grpc.StatusCode.INVALID_ARGUMENT,
+    14: grpc.StatusCode.UNAVAILABLE,
+}
 #: A stream of ListAndWatch holds one thread; a kubelet that restarts may leave an old one behind for a while.
 _THREADS = 8
 
@@ -33,14 +48,22 @@ class DevicePlugin:
 
     Args:
         healthy: Says whether the agent serves; may block for a second.
+        state: Tells the agent of a grant; may block, and raise RemoraError.
     """
 
     def __init__(
-        self, resource: Resource, directory: Path, healthy: Callable[[], bool], *, interval_s: float = 0.5
+        self,
+        resource: Resource,
+        directory: Path,
+        healthy: Callable[[], bool],
+        state: Callable[[control_v1.GrantRequest], None],
+        *,
+        interval_s: float = 0.5,
     ) -> None:
         self._resource = resource
         self._directory = directory
         self._ask = healthy
+        self._state = state
         self._interval_s = interval_s
         self._stopping = threading.Event()
         self._changed = threading.Condition()
@@ -104,7 +127,7 @@ class DevicePlugin:
             version=v1.VERSION,
             endpoint=self._resource.endpoint,
             resource_name=self._resource.name,
-            options=v1.Options(),
+            options=_OPTIONS,
         )
         with grpc.insecure_channel(f"unix:{self._directory / KUBELET_SOCKET}") as channel:
             call = channel.unary_unary(f"/{v1.REGISTRATION}/Register", Message.to_bytes, v1.Empty.decode)
@@ -117,7 +140,7 @@ class DevicePlugin:
             self._changed.notify_all()
         server, self._server = self._server, None
         if server is not None:
-            server.stop(1.0).wait()
+            server.stop(1.0).wait(_END_S)
             self._own.unlink(missing_ok=True)
 
     def _set(self, *, healthy: bool) -> None:
@@ -140,8 +163,9 @@ class DevicePlugin:
             return grpc.unary_unary_rpc_method_handler(method, request.decode, Message.to_bytes)
 
         return {
-            "GetDevicePluginOptions": unary(lambda _request, _context: v1.Options(), v1.Empty),
+            "GetDevicePluginOptions": unary(lambda _request, _context: _OPTIONS, v1.Empty),
             "ListAndWatch": grpc.unary_stream_rpc_method_handler(self._watch, v1.Empty.decode, Message.to_bytes),
+            "GetPreferredAllocation": unary(self._prefer, v1.PreferredRequest),
             "Allocate": unary(self._allocate, v1.AllocateRequest),
         }
 
@@ -158,12 +182,34 @@ class DevicePlugin:
                 told = healthy
                 yield self._resource.listed(healthy=healthy)
 
-    def _allocate(self, request: v1.AllocateRequest, context: grpc.ServicerContext) -> v1.AllocateResponse:
+    def _prefer(self, request: v1.PreferredRequest, context: grpc.ServicerContext) -> v1.PreferredResponse:
         try:
-            return self._resource.allocate(request)
+            return self._resource.preferred(request)
         except RemoraError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            _abort(context, error)
             raise
+
+    def _allocate(self, request: v1.AllocateRequest, context: grpc.ServicerContext) -> v1.AllocateResponse:
+        def state(grant: control_v1.GrantRequest) -> None:
+            until_s = time.monotonic() + _AGENT_S
+            while True:
+                try:
+                    self._state(grant)
+                    return
+                except UnavailableError:
+                    if time.monotonic() > until_s or not context.is_active() or self._stopping.wait(_RETRY_S):
+                        raise
+
+        try:
+            return self._resource.allocate(request, state)
+        except RemoraError as error:
+            self._complain(f"{self._resource.name} cannot be allocated: {error}")
+            _abort(context, error)
+            raise
+
+
+def _abort(context: grpc.ServicerContext, error: RemoraError) -> None:
+    context.abort(_STATUS.get(error.code, grpc.StatusCode.FAILED_PRECONDITION), str(error))
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from remora.errors import RemoraError, UnavailableError
@@ -65,6 +66,8 @@ class AgentLink:
         self._client: Client | None = None
         self._wake_r, self._wake_w = socket.socketpair()
         self._thread: threading.Thread | None = None
+        #: Held while the agent is told, so that no grant falls between two tellings.
+        self._telling = threading.Lock()
 
     def attach(self) -> None:
         """Attach now, and again whenever the agent comes back.
@@ -78,6 +81,22 @@ class AgentLink:
             self._watch(None)
             raise
         self._watch(watched)
+
+    def grant(self, ids: Iterable[str]) -> None:
+        """Tell the agent of grants that a further container carries; one that is away is told when it is back."""
+        with self._telling:
+            further = tuple(one for one in ids if one not in self._spec.grants)
+            if not further:
+                return
+            self._spec = self._spec._replace(grants=(*self._spec.grants, *further))
+            if self._client is None:
+                return
+            # On a connection of its own: the other one is watched for its end.
+            client, _ = dial(self._spec.control_socket)
+            try:
+                client.call(v1.SERVICE, "Attach", self._request(), v1.Empty, timeout_s=CALL_TIMEOUT_S)
+            finally:
+                client.close()
 
     def close(self, *, detach_sandbox: bool, keep_sessions: bool = False) -> None:
         """Stop looking after the attachment; end it if `detach_sandbox`."""
@@ -100,23 +119,27 @@ class AgentLink:
             self._wake_r.close()
             self._wake_w.close()
 
+    def _request(self) -> v1.AttachRequest:
+        return v1.AttachRequest(
+            sandbox=self._sandbox,
+            tenant=self._spec.tenant,
+            labels=dict(self._spec.labels),
+            directory=str(self._directory),
+            parent=self._spec.parent,
+            template=self._spec.template,
+            grants=list(self._spec.grants),
+        )
+
     def _attach(self) -> socket.socket:
-        client, sock = dial(self._spec.control_socket)
-        try:
-            request = v1.AttachRequest(
-                sandbox=self._sandbox,
-                tenant=self._spec.tenant,
-                labels=dict(self._spec.labels),
-                directory=str(self._directory),
-                parent=self._spec.parent,
-                template=self._spec.template,
-            )
-            client.call(v1.SERVICE, "Attach", request, v1.Empty, timeout_s=CALL_TIMEOUT_S)
-        except BaseException:
-            client.close()
-            raise
-        self._client = client
-        return sock
+        with self._telling:
+            client, sock = dial(self._spec.control_socket)
+            try:
+                client.call(v1.SERVICE, "Attach", self._request(), v1.Empty, timeout_s=CALL_TIMEOUT_S)
+            except BaseException:
+                client.close()
+                raise
+            self._client = client
+            return sock
 
     def _watch(self, sock: socket.socket | None) -> None:
         self._thread = threading.Thread(target=self._follow, args=(sock,), name="agent-link", daemon=True)

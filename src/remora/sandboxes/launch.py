@@ -43,6 +43,8 @@ class AttachSpec(NamedTuple):
     #: Sandbox id of the template that this one is a clone of.
     parent: str = ""
     template: bool = False
+    #: Ids of the grants that its containers carry (shim/identity.py).
+    grants: tuple[str, ...] = ()
 
 
 class Launch(NamedTuple):

@@ -13,6 +13,9 @@ _OWN_LABEL = "io.remora.label."
 #: Labels that only Kubernetes may set. Of the service account nothing is known: a pod may mount a token that it has
 #: written itself where its own would be, and nobody here can check a signature.
 _RESERVED = ("namespace", "pod", "uid", "service_account")
+#: Where the kubelet has the device plugin's grants put (kube/shares.py). A pod's author cannot write there: containerd
+#: passes a pod's own annotations below other prefixes, and an id that is not the plugin's grants nothing.
+_GRANT = "grant.remora.dev/"
 #: Bounds of the agent (agent/attachments.py, agent/identity.py).
 _MAX_NAME = 128
 _MAX_LABEL = 200
@@ -46,7 +49,21 @@ def attach_spec(settings: runtime.Settings, sandbox: dict[str, Any], container: 
     if tenant and "namespace" in labels:
         # No namespace has a dot in its name (RFC 1123 label), so that no two pairs make the same tenant.
         tenant = f"{labels['namespace']}.{tenant}"
-    return AttachSpec(runtime.control_socket(settings), tenant, tuple(sorted(labels.items())))
+    return AttachSpec(
+        runtime.control_socket(settings), tenant, tuple(sorted(labels.items())), grants=grants(sandbox, container)
+    )
+
+
+def grants(sandbox: dict[str, Any], container: dict[str, Any]) -> tuple[str, ...]:
+    """Return the ids of the grants that a container carries.
+
+    What the sandbox has, too, came with the pod: then containerd was told to pass what pods' authors write.
+    """
+    own = sandbox.get("annotations") or {}
+    annotations = container.get("annotations") or {}
+    return tuple(
+        value[:_MAX_LABEL] for key, value in sorted(annotations.items()) if key.startswith(_GRANT) and key not in own
+    )
 
 
 def sandbox_name(config: dict[str, Any], sandbox_id: str) -> str:

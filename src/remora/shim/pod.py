@@ -276,11 +276,15 @@ class Pod:
     # -- the accelerator --------------------------------------------------------------------------------------------
 
     def _attach(self, config: dict[str, Any]) -> None:
-        """Attach the pod to the node's agent, once: with its first container."""
+        """Attach the pod to the node's agent, with its first container; tell of the grants of each further one."""
         if not identity.wanted(self._settings, self._sandbox_config):
             return
         with self._linking:
             if self._link is not None:
+                try:
+                    self._link.grant(identity.grants(self._sandbox_config, config))
+                except RemoraError as error:
+                    print(f"remora shim: the agent takes no grant now: {error}", file=sys.stderr)
                 return
             attach = identity.attach_spec(self._settings, self._sandbox_config, config)
             name = identity.sandbox_name(self._sandbox_config, self._sandbox_id)

@@ -29,6 +29,20 @@ class AttachRequest(Message):
     template: bool = bool_(6)
     #: The guest's vsock CID, where the VMM uses the kernel's vsock: connections from it are this sandbox's.
     cid: int = uint32(7)
+    #: Ids of grants that the sandbox's containers carry. Those of earlier calls stay; what is refused is in the log.
+    grants: list[str] = string(8, repeated=True)
+
+
+class GrantRequest(Message):
+    """States shares of accelerators that the kubelet gives to a container, before the container knows of them."""
+
+    #: 32 hexadecimal digits that nobody can guess: whoever's sandbox presents them first has the shares.
+    id: str = string(1)
+    #: `gpu` or `cpu`.
+    kind: str = string(2)
+    shares: list[str] = string(3, repeated=True)
+    #: Into how many shares each device is cut.
+    shares_per_device: int = uint32(4)
 
 
 class DetachRequest(Message):
@@ -49,6 +63,8 @@ class Attachment(Message):
     sessions: int = uint32(8)
     requests: int = uint64(9)
     cid: int = uint32(10)
+    #: What it was granted, such as `gpu 3/10`.
+    grants: list[str] = string(11, repeated=True)
 
 
 class AttachmentsResponse(Message):
@@ -233,6 +249,7 @@ class UsageResponse(Message):
 
 METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "Attach": (AttachRequest, Empty),
+    "Grant": (GrantRequest, Empty),
     "Detach": (DetachRequest, Empty),
     "Attachments": (Empty, AttachmentsResponse),
     "Status": (Empty, StatusResponse),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +73,31 @@ def test_closing_without_an_agent_does_not_wait(agent: AgentProcess, directory: 
     agent.kill()
     link.close(detach_sandbox=True)
     agent.start()
+
+
+def state_grant(agent: AgentProcess, number: int) -> str:
+    grant = control_v1.GrantRequest(id=f"{number:032x}", kind="gpu", shares=[f"gpu0-{number}"], shares_per_device=10)
+    agent.ask("Grant", grant, control_v1.Empty)
+    return grant.id
+
+
+def granted(agent: AgentProcess) -> list[str]:
+    answer = agent.ask("Attachments", control_v1.Empty(), control_v1.AttachmentsResponse)
+    return [grant for each in answer.attachments for grant in each.grants]
+
+
+def test_further_containers_bring_further_grants_and_an_agent_that_comes_back_knows_all(
+    agent: AgentProcess, directory: Path
+) -> None:
+    ids = [state_grant(agent, number) for number in range(3)]
+    link = AgentLink(AttachSpec(agent.control, labels=(("uid", "u-1"),), grants=(ids[0],)), "lamp", directory)
+    link.attach()
+    assert granted(agent) == ["gpu 1/10"]
+    link.grant((ids[0], ids[1]))
+    assert granted(agent) == ["gpu 2/10"]
+    agent.kill()
+    with contextlib.suppress(UnavailableError):
+        link.grant((ids[2],))  # while it is away
+    agent.start()
+    wait_until(lambda: granted(agent) == ["gpu 3/10"], "all grants are told")
+    link.close(detach_sandbox=True)

@@ -165,3 +165,16 @@ def test_layers_are_the_lower_directories_lowest_first_and_a_written_upper_one(t
     assert layers.split([c.Mount(type="erofs", source="/blob")]) == ([Path("/blob")], [])
     with pytest.raises(UnimplementedError, match="overlayfs snapshotter"):
         layers.split([c.Mount(type="zfs", source="pool")])
+
+
+def test_grants_are_read_from_containers_alone() -> None:
+    container = {"annotations": {"grant.remora.dev/gpu": "aa", "grant.remora.dev/cpu": "bb", "io.remora.memory": "1G"}}
+    assert identity.grants({}, container) == ("bb", "aa")
+    assert identity.attach_spec(settings.Settings(), {}, container).grants == ("bb", "aa")
+    assert identity.grants({"annotations": {"grant.remora.dev/gpu": "forged"}}, {}) == ()
+
+
+def test_what_came_with_the_pod_is_no_grant() -> None:
+    """containerd that passes everything a pod's author writes puts it into the container's annotations, too."""
+    pod = {"annotations": {"grant.remora.dev/gpu": "forged"}}
+    assert identity.grants(pod, {"annotations": {"grant.remora.dev/gpu": "forged"}}) == ()

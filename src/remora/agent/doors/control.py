@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from remora import __version__
-from remora.agent import handover
+from remora.agent import grants, handover
 from remora.agent.attachments import Attachments
 from remora.agent.core import Core
 from remora.agent.doors import views
 from remora.agent.doors.health import Health
 from remora.agent.draining import Draining
+from remora.agent.quotas import holder_of
 from remora.errors import RemoraError, UnimplementedError
 from remora.wire import control_v1 as v1
 from remora.wire import health_v1
@@ -56,6 +57,7 @@ class ControlDoor:
         self._health = Health(core, (v1.SERVICE,))
         methods: dict[str, Callable[[Call, Any], object]] = {
             "Attach": self._attach,
+            "Grant": self._grant,
             "Detach": self._detach,
             "Attachments": self._list,
             "Status": lambda call, _request: call.respond(self._status()),
@@ -103,6 +105,7 @@ class ControlDoor:
             self._done(call),
             cid=request.cid,
         )
+        self._present(request)
         self._core.log.info(
             "sandbox attached",
             sandbox=request.sandbox,
@@ -112,6 +115,20 @@ class ControlDoor:
             template=request.template,
             cid=request.cid,
         )
+
+    def _present(self, request: v1.AttachRequest) -> None:
+        """Give the sandbox what it presents: one that is refused something has its place all the same."""
+        if not request.grants:
+            return
+        ids = list(request.grants)[: grants.MAX_PRESENTED]
+        holder = holder_of(f"sandbox:{request.sandbox}", request.labels)
+        for reason in self._core.grants.present(holder, ids):
+            self._core.log.error("grant refused", sandbox=request.sandbox, reason=reason)
+
+    def _grant(self, call: Call, request: v1.GrantRequest) -> None:
+        grant = grants.check(request.id, request.kind, request.shares, request.shares_per_device)
+        self._core.grants.state(grant, self._done(call))
+        self._core.log.info("shares granted", kind=grant.kind, shares=" ".join(sorted(grant.shares))[:200])
 
     def _detach(self, call: Call, request: v1.DetachRequest) -> None:
         self._attachments.detach(request.sandbox, request.keep_sessions, self._done(call))
@@ -135,6 +152,10 @@ class ControlDoor:
                     connections=connections[identity.key],
                     sessions=sessions[identity.key],
                     requests=attachment.requests,
+                    grants=[
+                        f"{granted.kind} {granted.shares}/{granted.shares_per_device}"
+                        for granted in self._core.grants.of(holder_of(identity.key, identity.labels)).values()
+                    ],
                 )
             )
         call.respond(v1.AttachmentsResponse(attachments=listed))
