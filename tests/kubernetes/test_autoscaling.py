@@ -16,7 +16,7 @@ import pytest
 
 import kubernetes_binaries
 from agent_process import AgentProcess, Guest, catalogue_directory
-from control_plane import ControlPlane
+from api_only_cluster import ApiOnlyCluster
 from remora.errors import RemoraError
 
 pytestmark = pytest.mark.timeout(300)
@@ -53,10 +53,10 @@ AUTOSCALER = {
 
 
 @pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiOnlyCluster]:
     if not os.environ.get("REMORA_TEST_KUBERNETES"):
         pytest.skip("a control plane of its own: make test-kubernetes")
-    with ControlPlane(kubernetes_binaries.build(), tmp_path_factory.mktemp("plane")) as one:
+    with ApiOnlyCluster(kubernetes_binaries.build(), tmp_path_factory.mktemp("plane")) as one:
         yield one
 
 
@@ -69,7 +69,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
 
 
 @pytest.fixture(scope="module")
-def metrics(plane: ControlPlane, agent: AgentProcess) -> Iterator[ControlPlane]:
+def metrics(plane: ApiOnlyCluster, agent: AgentProcess) -> Iterator[ApiOnlyCluster]:
     """The aggregated server, behind an APIService."""
     import base64
 
@@ -117,7 +117,7 @@ def metrics(plane: ControlPlane, agent: AgentProcess) -> Iterator[ControlPlane]:
     assert status == 0
 
 
-def available(plane: ControlPlane) -> bool:
+def available(plane: ApiOnlyCluster) -> bool:
     conditions = plane.get("apiservice", "v1beta2.custom.metrics.k8s.io").get("status", {}).get("conditions", [])
     failed = [one["message"] for one in conditions if one["type"] == "Available" and one["status"] != "True"]
     if failed:
@@ -125,14 +125,14 @@ def available(plane: ControlPlane) -> bool:
     return bool(conditions)
 
 
-def test_discovery_through_the_api_server_names_the_metrics(metrics: ControlPlane) -> None:
+def test_discovery_through_the_api_server_names_the_metrics(metrics: ApiOnlyCluster) -> None:
     listed = metrics.wait("discovery", lambda: metrics.kubectl("get", "--raw", "/apis/custom.metrics.k8s.io/v1beta2"))
     assert f"pods/{METRIC}" in listed
     # Found by the aggregated discovery document, too, which clients ask for.
     metrics.wait("the group is known", lambda: "custom.metrics.k8s.io/v1beta2" in metrics.kubectl("api-versions"))
 
 
-def replicas(plane: ControlPlane) -> int:
+def replicas(plane: ApiOnlyCluster) -> int:
     return int(plane.get("deployment", "classify")["spec"]["replicas"])
 
 
@@ -166,7 +166,7 @@ class Load:
             thread.join(20)
 
 
-def test_an_autoscaler_follows_the_load_up_and_down(metrics: ControlPlane, agent: AgentProcess) -> None:
+def test_an_autoscaler_follows_the_load_up_and_down(metrics: ApiOnlyCluster, agent: AgentProcess) -> None:
     metrics.apply(DEPLOYMENT, AUTOSCALER)
     attached: dict[str, Path] = {}
     load = Load(agent, 8)

@@ -30,8 +30,8 @@ current-context: test
 _READY_S = 90.0
 
 
-class ControlPlane:
-    """`with ControlPlane(binaries, directory) as plane:`; at its end no process of it is left."""
+class ApiOnlyCluster:
+    """`with ApiOnlyCluster(binaries, directory) as plane:`; at its end no process of it is left."""
 
     def __init__(self, binaries: Mapping[str, Path], directory: Path) -> None:
         self._binaries = binaries
@@ -47,7 +47,7 @@ class ControlPlane:
         """Certificate of whoever issued kube-apiserver's."""
         return self.directory / "apiserver" / "apiserver.crt"
 
-    def __enter__(self) -> ControlPlane:
+    def __enter__(self) -> ApiOnlyCluster:
         try:
             self._start()
         except BaseException:
