@@ -26,6 +26,8 @@ READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 
 _HUP = select.EPOLLHUP | select.EPOLLERR
+#: epoll_wait(2) takes 24 days at most; a certificate's end may be a century away.
+_MOST_WAIT_S = 86400.0
 _PIDFD_OPEN = getattr(os, "pidfd_open", None)
 
 
@@ -167,7 +169,7 @@ class Reactor:
         if self._posted:
             timeout_s = 0
         elif self._timers:
-            due_s = max(0.0, self._timers[0].when_s - time.monotonic())
+            due_s = min(_MOST_WAIT_S, max(0.0, self._timers[0].when_s - time.monotonic()))
             timeout_s = due_s if timeout_s is None else min(timeout_s, due_s)
         return self._epoll.poll(timeout_s)
 

@@ -46,6 +46,17 @@ class Authority:
         key.chmod(0o600)
         return certificate, key
 
+    def revoke(self, *names: str, days: int = 1) -> str:
+        """Return a revocation list, PEM, of these certificates."""
+        config, index, made = (self._directory / name for name in ("ca.cnf", "index.txt", "ca.crl"))
+        index.write_text("")
+        config.write_text(f"[ca]\ndefault_ca=own\n[own]\ndatabase={index}\ndefault_md=sha256\n")
+        signer = ["-config", str(config), "-cert", str(self.certificate), "-keyfile", str(self._key)]
+        for name in names:
+            self._run("ca", *signer, "-revoke", str(self._directory / f"{name}.pem"))
+        self._run("ca", *signer, "-gencrl", "-crlsec", str(days * 86400), "-out", str(made))
+        return made.read_text()
+
     def files(self, name: str = "agent", alternative: str = "DNS:localhost,IP:127.0.0.1") -> CertificateFiles:
         """Return what an agent needs."""
         certificate, key = self.issue(name, alternative=alternative)

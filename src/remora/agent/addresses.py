@@ -123,6 +123,20 @@ def _tcp(text: str, rest: str, *, tls: bool) -> Address:
     return Address(text, host=host, port=int(port), tls=tls)
 
 
+def means_this_machine(host: str) -> bool:
+    """True if a Host header (RFC 9110, section 7.2) is what a client on this machine has of a loopback address.
+
+    A web page can have a browser on this machine connect to loopback, under a name of the page's own that it lets
+    point here (DNS rebinding): the name in the header is then what gives it away.
+    """
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.lower().rstrip(".") in ("", "localhost")
+    return True
+
+
 def family(address: Address) -> socket.AddressFamily:
     """Return the socket family of a TCP address."""
     try:

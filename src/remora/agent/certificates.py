@@ -1,7 +1,8 @@
 """Callers that hold a certificate: TLS in front of the doors, and the identity that a certificate states.
 
 TLS 1.3 only, and every caller has a certificate of the operator's authority; there are no session tickets, so each
-connection proves itself anew. A connection ends when its certificate does. Handshakes are bounded in number and time:
+connection proves itself anew. A connection ends when its certificate does, and when the authorities or their revocation
+lists change: its peer comes back if it is still accepted. Handshakes are bounded in number and time:
 when there are too many, the one that has taken longest gives way, so that a caller who is quick gets in beside any
 number of slow ones.
 """
@@ -40,7 +41,11 @@ Refuse = Callable[[socket.socket | None, RemoraError], None]
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """The agent's own certificate (with its chain) and key, and the authorities whose certificates it accepts: PEM."""
+    """The agent's own certificate (with its chain) and key, and the authorities whose certificates it accepts: PEM.
+
+    Revocation lists may follow the authorities. Once there is one, every issuer of callers needs one that is valid now:
+    OpenSSL accepts nobody by an old list.
+    """
 
     certificate: Path
     key: Path
@@ -60,7 +65,15 @@ class CertificateFiles:
                 f"the authorities in {self.authorities} cannot be used: {_reason(error)}",
                 fix="give a PEM file with at least one CA certificate",
             ) from error
+        if context.cert_store_stats()["crl"]:
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
         return context
+
+    def accepted(self) -> bytes:
+        try:
+            return self.authorities.read_bytes()
+        except OSError:
+            return b""  # `context` says what is wrong
 
 
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -124,6 +137,9 @@ class Certificates(Protocol):
     def context(self) -> ssl.SSLContext:
         """Return a new context of what applies now; raises FailedPreconditionError."""
 
+    def accepted(self) -> bytes:
+        """Return what says whom `context` accepts: once it changes, everybody has to be looked at again."""
+
 
 class TlsServer:
     """Handshakes of callers, and the connections that came of them."""
@@ -146,18 +162,25 @@ class TlsServer:
         self._identify = identify
         self._files = files
         self._limits = limits
-        self._contexts = self._read()
+        self._accepted, self._contexts = self._read()
         self._pending: OrderedDict[TlsPump, None] = OrderedDict()
         self._open: set[TlsPump] = set()
 
-    def _read(self) -> dict[bool, ssl.SSLContext]:
+    def _read(self) -> tuple[bytes, dict[bool, ssl.SSLContext]]:
+        accepted = self._files.accepted()
         plain, http = self._files.context(), self._files.context()
         http.set_alpn_protocols(_ALPN)
-        return {False: plain, True: http}
+        return accepted, {False: plain, True: http}
 
     def reload(self) -> None:
-        """Read the files again, for connections from now on. Raises as the constructor; the old ones stay then."""
-        self._contexts = self._read()
+        """Read the files again, for connections from now on. Raises as the constructor; the old ones stay then.
+
+        If others are accepted from now on all connections end, for `ssl` cannot look at a certificate a second time.
+        """
+        before = self._accepted
+        self._accepted, self._contexts = self._read()
+        if self._accepted != before:
+            self.close()
 
     def accept(self, serve: Serve, refuse: Refuse, http: bool, sock: socket.socket) -> None:
         """Take a connection: `serve` gets it once its peer is known, else `refuse` is called.

@@ -156,7 +156,7 @@ class Agent:
         """
         pages = {"/metrics": self._metrics_page, "/healthz": self._health_page, "/readyz": self._ready_page}
         self._http = http = HttpServer.of_pages(self._reactor, pages)
-        accepted: Callable[[socket.socket], None] = http.serve
+        accepted: Callable[[socket.socket], None] = partial(http.serve, local=bool(address.host))
         if address.tls:
             if not clients:
                 raise InvalidArgumentError(

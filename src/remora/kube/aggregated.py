@@ -87,6 +87,10 @@ class Certificates:
         """Ask who the front proxy is; blocks. Raises RemoraError: what was known before stays."""
         self._known = self._proxy()
 
+    def accepted(self) -> bytes:
+        known = self._known
+        return f"{sorted(known.names)} {known.authorities}".encode() if known is not None else b""
+
     def context(self) -> ssl.SSLContext:
         context = server_context(self._certificate, self._key)
         assert self._known is not None, "read comes first"

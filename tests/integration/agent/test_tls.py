@@ -356,6 +356,31 @@ def test_new_certificates_are_read_on_sighup_and_bad_ones_are_not(node: Node) ->
         assert ask(session, 1.0) == 1.0
 
 
+def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(node: Node) -> None:
+    authorities = node.authority.certificate
+    saved = authorities.read_text()
+    leaver, stayer = node.url + node.authority.query("leaver"), node.url + node.authority.query("stayer")
+    with remora.connect(leaver, reconnect_s=0.5) as leaving, remora.connect(stayer) as staying:
+        assert ask(leaving, 1.0) == ask(staying, 1.0) == 1.0
+        authorities.write_text(saved + node.authority.revoke("leaver"))
+        reloads = node.agent.log.count("certificates reloaded")
+        try:
+            os.kill(node.agent.pid, signal.SIGHUP)
+            wait_until(lambda: node.agent.log.count("certificates reloaded") > reloads, "the list is read")
+            with pytest.raises(RemoraError):
+                ask(leaving, 2.0)
+            assert ask(staying, 2.0) == 2.0, "it comes back by itself"
+            with pytest.raises(RemoraError, match="revoked"):
+                remora.connect(leaver, reconnect_s=0.5).close()
+            wait_until(lambda: "certificate revoked" in node.agent.log, "the operator reads why")
+        finally:
+            authorities.write_text(saved)
+            os.kill(node.agent.pid, signal.SIGHUP)
+    wait_until(lambda: node.agent.log.count("certificates reloaded") > reloads + 1, "the list is gone")
+    with remora.connect(leaver) as session:
+        assert ask(session, 3.0) == 3.0
+
+
 def test_a_successor_takes_tls_over_too(node: Node) -> None:
     caller = Caller(node.url + node.authority.query("handed"))
     stop = threading.Event()

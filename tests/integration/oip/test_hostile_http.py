@@ -128,3 +128,19 @@ def test_one_connection_serves_many_requests_one_after_the_other(agent: Any) -> 
     one = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
     last = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     assert exchange(agent, one * 50 + last).count(b"HTTP/1.1 200 OK") == 51
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("Host: localhost", 200),
+        ("Host: 127.0.0.1:8000", 200),
+        ("Host: rebound.example", 403),
+        ("Host: localhost\r\nOrigin: http://page.example", 403),
+        ("Host: localhost\r\nOrigin: null", 403),
+    ],
+)
+def test_a_web_page_in_a_browser_of_this_machine_is_not_answered(agent: Any, headers: str, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", agent.oip_port), 10) as sock:
+        sock.sendall(f"GET /v2 HTTP/1.1\r\n{headers}\r\nConnection: close\r\n\r\n".encode())
+        assert int(sock.recv(65536).split(b" ")[1]) == status

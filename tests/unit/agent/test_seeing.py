@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remora.agent.http import HttpServer, respond
+from remora.agent.http import MAX_CONNECTIONS, HttpServer, respond
 from remora.agent.listeners import Listener
 from remora.agent.logs import Log
 from remora.reactor import Reactor
@@ -140,4 +140,38 @@ def test_a_slow_http_client_holds_up_nobody(tmp_path: Path) -> None:
     accepting.close()
     assert answer.endswith(b"ok\n")
     server.close()
+    reactor.close()
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9464", "127.0.0.1:9464", "[::1]:9464", "192.0.2.1", ""])
+def test_a_client_of_this_machine_may_read_a_loopback_address(host: str) -> None:
+    request = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    assert respond(request, PAGES, local=True).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:9464", "127.0.0.1.evil.example", "localhost.evil"])
+def test_a_web_page_whose_name_was_rebound_may_not(host: str) -> None:
+    request = f"GET /healthz HTTP/1.1\r\nHost: localhost\r\nhost : {host}\r\n\r\n".encode()
+    assert respond(request, PAGES, local=True).startswith(b"HTTP/1.1 403 ")
+    assert respond(request, PAGES).startswith(b"HTTP/1.1 200 "), "on a Unix socket no browser speaks"
+
+
+def test_connections_that_say_nothing_keep_no_reader_of_metrics_out() -> None:
+    reactor = Reactor()
+    server = HttpServer.of_pages(reactor, PAGES)
+    silent = []
+    for _ in range(3 * MAX_CONNECTIONS):
+        ours, theirs = socket.socketpair()
+        server.serve(theirs)
+        silent.append(ours)
+    assert len(server.connections) == MAX_CONNECTIONS
+    ours, theirs = socket.socketpair()
+    server.serve(theirs)
+    ours.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+    for _ in range(5):
+        reactor.run_once(0.05)
+    assert ours.recv(1000).endswith(b"ok\n")
+    server.close()
+    for sock in (*silent, ours):
+        sock.close()
     reactor.close()

@@ -247,3 +247,28 @@ def test_a_number_in_a_header_is_digits(text: str) -> None:
         header_number({"n": text}, "n")
     assert header_number({}, "n") is None
     assert header_number({"n": "7"}, "n") == 7
+
+
+def test_requests_that_come_in_one_piece_with_the_first_are_answered_in_turn() -> None:
+    ends = Ends()
+    many = b"".join(GET.replace(b"/a", b"/%d" % number) for number in range(3)) + post(b"x" * 5000) * 2
+    ends.feed(many)  # as a connection passes on what it read before it knew the protocol: held or not
+    order: list[str] = []
+    while len(order) < len(ends.exchanges):
+        assert len(ends.exchanges) == len(order) + 1, "the next one is begun only when the last is answered"
+        order.append(ends.exchanges[-1].path[0])
+        ends.exchanges[-1].respond(200, [b"ok"])
+        ends.run_soon()
+    assert order == ["0", "1", "2", "b", "b"]
+
+
+def test_a_request_that_is_answered_at_once_does_not_have_the_next_begun_twice() -> None:
+    ends = Ends()
+    ends.feed(GET + GET.replace(b"/a", b"/b"))
+    ends.exchanges[0].respond(200, [b"ok"])
+    ends.feed(GET.replace(b"/a", b"/c"))  # before the loop came to what waited
+    ends.run_soon()
+    while not ends.exchanges[-1].ended:
+        ends.exchanges[-1].respond(200, [b"ok"])
+        ends.run_soon()
+    assert [exchange.path[0] for exchange in ends.exchanges] == ["a", "b", "c"]

@@ -127,3 +127,13 @@ def test_a_signal_is_handled_in_the_loop(reactor: Reactor) -> None:
         assert signal.getsignal(signal.SIGUSR1) != before
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_timer_a_century_away_is_no_reason_to_stop(reactor: Reactor, errors: list[BaseException]) -> None:
+    reactor.call_later(100 * 365 * 86400.0, reactor.stop)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x")
+        reactor.register(ours.fileno(), READ, lambda _events: None)
+        reactor.run_once()
+    assert errors == []

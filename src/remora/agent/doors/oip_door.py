@@ -9,18 +9,19 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
+from remora.agent.addresses import means_this_machine
 from remora.agent.core import Core
 from remora.agent.doors.oip import Inferences
 from remora.agent.doors.oip_grpc import GrpcDoor
 from remora.agent.doors.oip_rest import RestDoor
-from remora.agent.identity import Identity
+from remora.agent.identity import TCP, Identity
 from remora.agent.peers import Peer
 from remora.agent.web.connection import WebConnection
 from remora.agent.web.exchange import Link
 from remora.agent.web.http1 import Http1, Http1Exchange, refusal
 from remora.agent.web.http2 import Http2
 from remora.agent.web.http2_streams import GrpcExchange
-from remora.errors import RemoraError
+from remora.errors import PermissionDeniedError, RemoraError
 
 NAME = "oip"
 #: Calls open at once on one connection; more wait at the client (SETTINGS_MAX_CONCURRENT_STREAMS).
@@ -29,6 +30,18 @@ _MAX_STREAMS = 100
 
 def _uncounted() -> None:
     """Nobody counts the requests of a connection that belongs to no attachment."""
+
+
+def _from_a_web_page(exchange: Http1Exchange) -> PermissionDeniedError | None:
+    """Return why a request on a loopback port is not answered: a page in a browser here must not speak for its user.
+
+    HTTP/2 needs no such question: browsers speak it over TLS only, where callers have certificates.
+    """
+    if not exchange.header("origin") and means_this_machine(exchange.header("host")):
+        return None
+    return PermissionDeniedError(
+        "this address answers programs of this machine, not web pages", fix="name it localhost or 127.0.0.1"
+    )
 
 
 class OipDoor:
@@ -76,7 +89,11 @@ class OipDoor:
         def handle(exchange: Http1Exchange) -> None:
             self._count(peer)
             on_request()
-            self._rest.handle(peer, exchange)
+            problem = _from_a_web_page(exchange) if peer.identity is TCP else None
+            if problem is None:
+                self._rest.handle(peer, exchange)
+            elif exchange.fail(problem):
+                core.refused(NAME, "message", peer, problem)
 
         core, limits = self._core, self._core.limits
         most_bytes, limit_name = core.message_limit(peer.identity)

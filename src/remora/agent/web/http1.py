@@ -162,6 +162,10 @@ class Http1:
     def received(self, count: int) -> None:
         if self._over:
             return
+        if self._busy:
+            # Read together with the request that is being answered, before its connection could hold reading.
+            self._raw += self._scratch[:count]
+            return
         if not self._begun_s:
             self._begun_s = self._now_s()
         if self._skip:
@@ -297,7 +301,7 @@ class Http1:
             self._link.hold(reading=False)
 
     def _resume(self) -> None:
-        if self._over:
+        if self._over or self._busy:
             return
         self._link.hold(reading=False)
         self._parse()
