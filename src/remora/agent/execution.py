@@ -209,7 +209,7 @@ class Execution:
         )
         ticket.owner = run
         ticket.plan = self._models.plan(domain, run.operation)
-        if ticket.plan.rows > 1:
+        if ticket.plan.joins:
             ticket.form, ticket.rows = form_of(run.operation)
         self._scheduler.submit(ticket)
 

@@ -257,12 +257,17 @@ class FairScheduler:
     def _company(self, worker: WorkerLanes, lane: Queues, first: Ticket) -> list[Ticket]:
         """Return the ticket and those that run with it, drawn in the order of their turns."""
         tickets, rows = [first], first.rows
-        if first.form is None or self.together is None or lane.plan.rows <= rows:
+        if first.form is None or self.together is None:
             return tickets
-        limit = worker.stretch(self._slots(worker.domain), self._now_s()) * lane.plan.stretch_of(rows)
+        slots, now_s = self._slots(worker.domain), self._now_s()
+        # A pair gains a few hundredths: nobody else waits longer for that.
+        most = lane.plan.rows if worker.contended(now_s) else lane.plan.most_rows(lane.waiting_rows, slots)
+        if most <= rows:
+            return tickets
+        limit = worker.stretch(slots, now_s) * lane.plan.stretch_of(rows)
         latest_s = first.deadline_s
         aside: list[Entry] = []
-        while worker.order and rows < lane.plan.rows and len(aside) < _LOOK_AHEAD:
+        while worker.order and rows < most and len(aside) < _LOOK_AHEAD:
             entry = heapq.heappop(worker.order)
             if entry[3] is not lane:
                 aside.append(entry)
@@ -273,7 +278,7 @@ class FairScheduler:
             together = rows + ticket.rows
             ends_s = self._now_s() + lane.times.of_rows_us(together) / 1e6
             deadlines = [one for one in (latest_s, ticket.deadline_s) if one is not None]
-            fits = together <= lane.plan.rows and lane.plan.stretch_of(together) <= limit
+            fits = together <= most and lane.plan.stretch_of(together) <= limit
             if ticket.form != first.form or not fits or (deadlines and ends_s > min(deadlines)):
                 aside.append(entry)
                 continue

@@ -44,6 +44,20 @@ class Plan:
     #: (rows, how many times as long as a run of one row), by rows. From one measurement: what runs happen to take while
     #: the machine is busy says little about it.
     stretch: tuple[tuple[int, float], ...] = ()
+    #: Most rows of one run while many wait (`most_rows`), if more than `rows`.
+    backlog: int = 1
+
+    @property
+    def joins(self) -> bool:
+        """True if requests may be joined at all."""
+        return self.rows > 1 or self.backlog > 1
+
+    def most_rows(self, waiting: int, slots: int) -> int:
+        """Return how many rows the next run may have while so many wait.
+
+        As many as `backlog` only if every slot could be filled with so many: then nobody is answered later for it.
+        """
+        return self.backlog if self.backlog > self.rows and waiting >= self.backlog * slots else self.rows
 
     def stretch_of(self, rows: int) -> float:
         """Return how many times as long as a run of one row one of so many takes; what is unknown gains nothing."""

@@ -122,6 +122,27 @@ def test_without_a_plan_nothing_is_joined() -> None:
     assert bench.sizes == [1] * 5
 
 
+def test_pairs_are_made_only_while_so_many_wait_that_nobody_is_answered_later() -> None:
+    bench = Bench(Plan(backlog=2), slots=2, cost_us=linear_us)
+    for _ in range(7):
+        bench.submit()
+    assert bench.sizes == [1, 1], "five wait"
+    bench.finish()
+    assert bench.sizes == [1, 1, 2], "four waited behind the first, enough for a pair in each slot"
+    bench.finish()
+    assert bench.sizes == [1, 1, 2, 1], "two wait behind the first: too few"
+
+
+def test_no_pairs_are_made_while_tenants_compete() -> None:
+    bench = Bench(Plan(backlog=2), slots=2, cost_us=linear_us)
+    for _ in range(9):
+        bench.submit("flood")
+    bench.submit("quiet")
+    while bench.running:
+        bench.finish()
+    assert set(bench.sizes) == {1}
+
+
 @pytest.mark.parametrize("form", ["other", None])
 def test_requests_of_another_form_or_of_none_run_by_themselves(form: object) -> None:
     bench = Bench(Plan(rows=8))

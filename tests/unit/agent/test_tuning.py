@@ -31,7 +31,10 @@ GAINS = Measurement(FLAT, {1: 900.0, 2: 1800.0}, True)
     ("found", "device", "plan"),
     [
         (GAINS, "cpu", Plan(rows=8)),
-        (Measurement(LINEAR, {1: 107, 2: 210}, True), "cpu", Plan(rows=1)),
+        (Measurement(LINEAR, {1: 107, 2: 210}, True), "cpu", Plan(rows=1, backlog=2)),
+        (Measurement(LINEAR, {1: 107, 2: 210}, False), "cpu", Plan(rows=1)),
+        (Measurement({1: 9300.0, 2: 20000.0}, {}, True), "cpu", Plan(rows=1)),
+        (Measurement({1: 300.0, 2: 600.0}, {}, True), "cpu", Plan(rows=1)),
         (Measurement(FLAT, {1: 900, 2: 1800}, False), "cpu", Plan(rows=1)),
         (Measurement(FLAT, {1: 900, 2: 500}, True), "cpu", Plan(rows=8, concurrent=1)),
         (Measurement(FLAT, {1: 900, 2: 910}, True), "cpu", Plan(rows=8)),
@@ -151,6 +154,16 @@ def test_open_sizes_are_those_of_the_first_request(bench: Bench) -> None:
     bench.plan((3, 7))
     bench.tuning.idle(LANE)
     assert bench.workers.measures[0][1] == [(1, 7)]
+
+
+def test_an_operator_who_wants_no_batches_gets_none_however_many_wait(bench: Bench) -> None:
+    found = Measurement(LINEAR, {1: 107, 2: 210}, True)
+    bench.load(rows=1)
+    bench.tuning.idle(LANE)
+    bench.workers.measures[0][3](found)
+    assert bench.plan() == Plan(rows=1)
+    bench.load()
+    assert bench.plan() == Plan(rows=1, backlog=2)
 
 
 def test_what_was_measured_is_known_after_a_restart(bench: Bench, tmp_path: Path) -> None:
