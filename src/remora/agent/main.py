@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -41,6 +41,8 @@ class Options:
     metrics: Address
     json_log: bool = False
     ready_fd: int | None = None
+    #: Read the configuration and the certificates again whenever their files change, without SIGHUP.
+    watch: bool = False
     #: Where the policy was read, and is read again on SIGHUP.
     config: Path | None = None
     #: Where traces go; None: nowhere, and requests pay nothing for it.
@@ -127,7 +129,7 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         # Workers before sockets: whoever connects is served, and a node that cannot confine says so at once.
         workers = make_workers(reactor, policy.workers)
         stack.callback(workers.close)
-        from remora.agent.reloading import Reloading
+        from remora.agent.reloading import Reloading, watch
         from remora.agent.server import Agent
 
         if predecessor is not None:
@@ -167,6 +169,9 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
             agent.reload_certificates()
 
         reactor.on_signal(signal.SIGHUP, reload)
+        if options.watch:
+            certificates = astuple(options.certificates) if options.certificates is not None else ()
+            watch(reactor, [path for path in (options.config, *certificates) if path is not None], reload)
         for signum in (signal.SIGTERM, signal.SIGINT):
             reactor.on_signal(signum, lambda: _end(agent, reactor, policy.limits.drain_timeout_s))
         lifecycle.announce(options.ready_fd, " ".join(addresses))

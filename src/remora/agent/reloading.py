@@ -6,12 +6,18 @@ sections about the node itself ([limits], [store], [workers]) size what exists a
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from remora.agent import policy
 from remora.agent.core import Core
 from remora.agent.policy import Policy
 from remora.errors import RemoraError
+from remora.reactor import Reactor
+
+#: A ConfigMap's change takes the kubelet a minute; one look is a system call for each file.
+LOOK_S = 2.0
 
 
 class Reloading:
@@ -49,3 +55,26 @@ class Reloading:
         old = self._started_with
         restart = [name for name in ("limits", "store", "workers") if getattr(read, name) != getattr(old, name)]
         core.log.info("policy reloaded", file=str(path), takes_a_restart=" ".join(restart))
+
+
+def watch(reactor: Reactor, files: Sequence[Path], changed: Callable[[], None]) -> None:
+    """Call `changed` soon after one of the files is another one, as a kubelet exchanges those of a volume."""
+    seen = [_mark(path) for path in files]
+
+    def look() -> None:
+        nonlocal seen
+        now = [_mark(path) for path in files]
+        if now != seen:
+            seen = now
+            changed()
+        reactor.call_later(LOOK_S, look)
+
+    reactor.call_later(LOOK_S, look)
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

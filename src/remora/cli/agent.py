@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="limits, in TOML (docs/agent.md)")
     parser.add_argument(
+        "--watch", action="store_true", help="read --config and certificates again when they change, as on SIGHUP"
+    )
+    parser.add_argument(
         "--models", type=Path, metavar="DIR", help=f"the catalogue (default: {paths.state_dir() / 'models'})"
     )
     parser.add_argument(
@@ -91,13 +94,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=0.0, metavar="S", help="drain: give up what still runs after this long"
     )
     parser.add_argument("--json", action="store_true", help="status: as JSON")
+    parser.add_argument(
+        "--ready", action="store_true", help="status: exit with 10 unless a new request would be served"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     control = (args.control or paths.control_socket()).absolute()
     if args.action == "drain":
         return _drain(control, args.timeout)
-    return _status(control, as_json=args.json) if args.action == "status" else _serve(args, control)
+    return _status(control, as_json=args.json, ready=args.ready) if args.action == "status" else _serve(args, control)
 
 
 def _serve(args: argparse.Namespace, control: Path) -> int:
@@ -127,6 +133,7 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         takeover=args.takeover,
         certificates=_certificates(args),
         inherited=inherited,
+        watch=args.watch,
     )
     return main.run(options, load_catalog(args.models), WorkerPool)
 
@@ -155,11 +162,12 @@ def _drain(control: Path, timeout_s: float) -> int:
     return 0
 
 
-def _status(control: Path, *, as_json: bool) -> int:
+def _status(control: Path, *, as_json: bool, ready: bool) -> int:
     import json
 
     from remora.agent.status import as_dict, as_lines, ask, health
+    from remora.errors import UnavailableError
 
     answer, state = ask(control), health(control)
     print(json.dumps(as_dict(answer, state), indent=2) if as_json else "\n".join(as_lines(answer, state)))
-    return 0
+    return UnavailableError.exit_status if ready and state != "serving" else 0

@@ -40,7 +40,7 @@ COMMANDS: dict[str, str] = {
     "segment": "tell the parts of pictures from one another through the agent",
     "pose": "find a person's points in pictures through the agent",
     "ping": "check the way to the agent",
-    "node": "serve the node's shares of accelerators to its kubelet",
+    "node": "set up a Kubernetes node, and serve its shares of accelerators to its kubelet",
     "autoscaling": "serve pods' figures to HorizontalPodAutoscalers (custom.metrics.k8s.io)",
     "doctor": "say what this host can do, and what is missing",
     "bench": "measure Remora against named yardsticks",

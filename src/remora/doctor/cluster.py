@@ -34,9 +34,7 @@ def containerd() -> Iterator[Finding]:
         yield Finding(AREA, "containerd", "ok", f"version {version}")
         yield from _plugins()
     if find_program(SHIM) is None:
-        yield Finding(
-            AREA, "Remora's shim", "note", f"no {SHIM} on PATH", "see docs/kubernetes.md: shim/launcher.py writes it"
-        )
+        yield Finding(AREA, "Remora's shim", "note", f"no {SHIM} on PATH", "run: remora node install")
     else:
         yield Finding(AREA, "Remora's shim", "ok", str(find_program(SHIM)))
     if find_program("runc") is None:

@@ -19,11 +19,16 @@ sys.exit(main(sys.argv))
 """
 
 
+def program(python: str = sys.executable, source: str = str(Path(__file__).resolve().parents[2])) -> str:
+    """Return the program: for this interpreter and these sources, or for others."""
+    return _PROGRAM.format(python=python, source=source)
+
+
 def write(directory: Path) -> Path:
     """Write `containerd-shim-remora-v2` into a directory on containerd's PATH; returns its path."""
     path = directory / NAME
     draft = path.with_name(f".{NAME}")
-    draft.write_text(_PROGRAM.format(python=sys.executable, source=str(Path(__file__).resolve().parents[2])))
+    draft.write_text(program())
     draft.chmod(0o755)
     draft.replace(path)
     return path

@@ -52,6 +52,9 @@ class Runtime:
     #: What the worker sees of it: a source tree holds more than our package.
     package_binds: tuple[str, ...]
     libraries: tuple[str, ...]
+    #: bubblewrap can forbid further user namespaces in a worker. Container runtimes mount /proc/sys read-only, where it
+    #: cannot; the worker's system call filter then stands alone.
+    closes_userns: bool = True
 
 
 @cache
@@ -71,7 +74,15 @@ def runtime() -> Runtime:
         packages=tuple(parents),
         package_binds=tuple(binds),
         libraries=_libraries(stdlib),
+        closes_userns=_sysctls_are_writable(),
     )
+
+
+def _sysctls_are_writable() -> bool:
+    try:
+        return not os.statvfs("/proc/sys/user").f_flag & os.ST_RDONLY
+    except OSError:
+        return True  # bubblewrap says what is wrong
 
 
 def _libraries(stdlib: Sequence[str]) -> tuple[str, ...]:
@@ -105,7 +116,7 @@ def worker_argv(
     python = [found.python, "-I", "-S", "-B", "-c", boot, ":".join(found.packages), *arguments]
     if settings.confinement == "none":
         return python
-    argv = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns"]
+    argv = ["bwrap", "--unshare-all", "--unshare-user", *(["--disable-userns"] if found.closes_userns else [])]
     argv += ["--uid", str(_UID), "--gid", str(_UID), "--hostname", "worker", "--cap-drop", "ALL"]
     argv += ["--die-with-parent", "--as-pid-1", "--new-session", "--clearenv"]
     for name, value in environment().items():
@@ -153,7 +164,8 @@ def probe(settings: WorkerSettings) -> None:
         return
     if shutil.which("bwrap") is None:
         raise FailedPreconditionError("workers are confined with bubblewrap, which is not installed", fix=_FIX_BWRAP)
-    argv = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--ro-bind", "/", "/"]
+    argv = ["bwrap", "--unshare-all", "--unshare-user", *(["--disable-userns"] if _sysctls_are_writable() else [])]
+    argv += ["--cap-drop", "ALL", "--ro-bind", "/", "/"]
     try:
         done = subprocess.run([*argv, "--", "/bin/true"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 import subprocess
@@ -49,6 +50,11 @@ def test_a_worker_has_no_network_no_capability_and_dies_with_the_agent() -> None
     assert binds(argv, "--chdir") == ["/empty"]
     assert binds(argv, "--remount-ro") == ["/"]
     assert binds(argv, "--info-fd") == ["7"]
+
+
+def test_where_a_container_runtime_keeps_sysctls_read_only_a_worker_starts_without_touching_them() -> None:
+    found = dataclasses.replace(RUNTIME, closes_userns=False)
+    assert "--disable-userns" not in launcher.worker_argv(WorkerSettings(device="cpu"), found, [], 7)
 
 
 def test_telemetry_is_off_and_nothing_of_the_agents_environment_gets_in() -> None:
