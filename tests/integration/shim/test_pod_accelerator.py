@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +11,8 @@ import pytest
 from containerd_process import Containerd
 from cri_client import Pod
 from pod_agent import IMAGE, Agent, add_service_image, classify, photos
+from remora.agent import status
+from remora.wire import control_v1
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -60,3 +63,33 @@ def test_a_pod_may_have_no_accelerator(containerd: Containerd, agent: Agent) -> 
         asked = pod.start("python3", "-c", script, image=IMAGE, env={"REMORA_TIMEOUT": "2"})
         assert asked.wait().exit_code == 1
         assert "UnavailableError" in asked.output()
+
+
+def state_grant(containerd: Containerd, *shares: str) -> str:
+    """Do what the device plugin does at Allocate; return the id that the kubelet would pass on."""
+    grant = control_v1.GrantRequest(id=secrets.token_hex(16), kind="cpu", shares=list(shares), shares_per_device=10)
+    status.call(containerd.runtime / "control.sock", "Grant", grant, control_v1.Empty)
+    return grant.id
+
+
+def granted(containerd: Containerd, pod: Pod) -> list[str]:
+    control = containerd.runtime / "control.sock"
+    answer = status.call(control, "Attachments", control_v1.Empty(), control_v1.AttachmentsResponse)
+    return [one for each in answer.attachments if each.sandbox.endswith(pod.id[:8]) for one in each.grants]
+
+
+def test_containers_bring_the_kubelets_grants_and_a_pods_author_none(containerd: Containerd, agent: Agent) -> None:
+    first, second = state_grant(containerd, "cpu0-0", "cpu0-1"), state_grant(containerd, "cpu0-2")
+    # The author knows an id, which cannot be, and writes it where authors can write.
+    with containerd.cri.run_pod(
+        "granted", annotations={"grant.remora.dev/cpu": state_grant(containerd, "cpu0-9")}
+    ) as pod:
+        pod.start("sleep", "1000")
+        assert granted(containerd, pod) == []
+        pod.start("sleep", "1000", annotations={"grant.remora.dev/cpu": first})
+        assert granted(containerd, pod) == ["cpu 2/10"]
+        pod.start("sleep", "1000", annotations={"grant.remora.dev/cpu": second})
+        assert granted(containerd, pod) == ["cpu 3/10"]
+        agent.stop(signal.SIGKILL)
+        agent.start()
+        assert granted(containerd, pod) == ["cpu 3/10"]
