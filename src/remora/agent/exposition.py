@@ -50,6 +50,9 @@ FAMILIES: Mapping[str, Family] = {
         "counter", ("tenant", "device"), "Time that operations ran on a device; exceeds the clock where several run."
     ),
     "remora_pod_in_flight_requests": Family("gauge", ("namespace", "pod"), "Operations of a pod that wait or run."),
+    "remora_pod_granted_devices": Family(
+        "gauge", ("namespace", "pod", "kind"), "Devices' worth of shares that the kubelet gave to a pod."
+    ),
     "remora_pod_operations_total": Family("counter", ("namespace", "pod"), "Operations that workers answered a pod."),
     "remora_pod_queue_seconds_total": Family(
         "counter", ("namespace", "pod"), "Time that a pod's operations waited for their turn."

@@ -40,6 +40,7 @@ def register(core: Core, *, attachments: Callable[[], int], draining: Callable[[
         ("remora_start_time_seconds", lambda: started_s),
     ):
         exposition.read(name, _single(value))
+    exposition.read("remora_pod_granted_devices", lambda: _granted(core))
     pods = _OneLook(lambda: core.metrics.pods.sums(core.execution.in_flight()))
     for place, name in enumerate(POD_FAMILIES):
         exposition.read(name, _of_pods(pods, place))
@@ -88,6 +89,14 @@ class _OneLook(Generic[T]):
         if self._known is None or now_s - self._asked_s > _SCRAPE_S:
             self._known, self._asked_s = self._ask(), now_s
         return self._known
+
+
+def _granted(core: Core) -> Iterable[Sample]:
+    return [
+        ((*names, kind), granted.device_s_per_s)
+        for names, holder in core.metrics.pods.holders().items()
+        for kind, granted in core.grants.of(holder).items()
+    ]
 
 
 def _of_pods(

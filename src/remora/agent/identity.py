@@ -62,6 +62,11 @@ def of_user(uid: int) -> Identity:
     return Identity(name, name)
 
 
+def holder_of(key: str, labels: Mapping[str, str]) -> str:
+    """Return whose grants an identity has: its pod's, which may have another sandbox after this one."""
+    return labels.get("uid") or key
+
+
 TCP = Identity("tcp", "tcp")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from remora.agent.identity import Identity
+from remora.agent.identity import Identity, holder_of
 from remora.agent.timings import Timings
 
 MAX_PODS = 1024
@@ -25,9 +25,11 @@ POD_FAMILIES = (
 class PodCounts:
     """The counters of one pod."""
 
-    __slots__ = ("device_us", "name", "namespace", "operations", "queue_us")
+    __slots__ = ("device_us", "holder", "name", "namespace", "operations", "queue_us")
 
-    def __init__(self, namespace: str, name: str) -> None:
+    def __init__(self, namespace: str, name: str, holder: str) -> None:
+        #: Whose grants it has.
+        self.holder = holder
         self.namespace = namespace
         self.name = name
         self.operations = 0
@@ -48,7 +50,11 @@ class PodTable:
             return
         if len(self._by_key) >= MAX_PODS:
             del self._by_key[next(iter(self._by_key))]
-        self._by_key[key] = PodCounts(labels["namespace"], labels["pod"])
+        self._by_key[key] = PodCounts(labels["namespace"], labels["pod"], holder_of(key, labels))
+
+    def holders(self) -> dict[tuple[str, str], str]:
+        """Return whose grants each pod has, by namespace and name."""
+        return {(counts.namespace, counts.name): counts.holder for counts in self._by_key.values()}
 
     def forget(self, key: str) -> None:
         self._by_key.pop(key, None)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from remora.agent.hints import with_retry
+from remora.agent.identity import holder_of
 from remora.agent.rules import Granted, Rules, Terms, kind_of
 from remora.errors import ResourceExhaustedError
 
@@ -21,11 +22,6 @@ _MOST_BUCKETS = 4096
 _MOST_TERMS = 16384
 #: Identities without a connection whose labels are remembered.
 _MOST_ABSENT = 4096
-
-
-def holder_of(key: str, labels: Mapping[str, str]) -> str:
-    """Return whose grants an identity has: its pod's, which may have another sandbox after this one."""
-    return labels.get("uid") or key
 
 
 class Bucket:

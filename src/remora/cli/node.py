@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "node"
 HELP = "set up a Kubernetes node, and serve its shares of accelerators to its kubelet"
+_LOOK_S = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,5 +190,6 @@ def _plugin(args: argparse.Namespace) -> int:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        while thread.is_alive():
+            thread.join(_LOOK_S)  # not forever: a signal that another thread gets is handled when this one looks
     return 0

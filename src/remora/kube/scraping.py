@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from remora.errors import RemoraError
 from remora.kube.fetching import Trust, get
@@ -16,6 +18,8 @@ from remora.kube.figures import Figures, Windows, parse
 _THREADS = 16
 #: Looks that an agent may miss before its figures are old.
 _MISSED = 3
+#: What may fail besides an agent.
+_OWN = {"the agents' addresses", "the certificates"}
 
 
 class Scraper:
@@ -71,13 +75,20 @@ class Scraper:
             self._tell("the agents' addresses", str(error))
         with self._lock:
             self._windows.keep(set(self._known))
-        for name in self._failing.keys() - self._known - {"the agents' addresses"}:
+        for name in self._failing.keys() - self._known - _OWN:
             del self._failing[name]
-        list(self._pool.map(self._ask, self._known))
-
-    def _ask(self, agent: str) -> None:
         try:
-            context = self._trust.context() if agent.startswith("https") else None
+            # Read for each look: certificates are renewed.
+            encrypted = any(agent.startswith("https") for agent in self._known)
+            context = self._trust.context() if encrypted else None
+            self._tell("the certificates", "")
+        except RemoraError as error:
+            self._tell("the certificates", str(error))
+            return
+        list(self._pool.map(partial(self._ask, context), self._known))
+
+    def _ask(self, context: ssl.SSLContext | None, agent: str) -> None:
+        try:
             text = get(agent, "/metrics", context=context, server_name=self._trust.server_name).decode(errors="replace")
         except RemoraError as error:
             self._tell(agent, str(error))

@@ -15,4 +15,5 @@ NAMES = (
     "oip_rest",
     "oip_grpc",
     "metrics_http",
+    "autoscaling",
 )

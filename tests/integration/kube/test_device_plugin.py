@@ -169,7 +169,7 @@ def test_the_command_advertises_unhealthy_shares_without_an_agent_and_ends_on_si
         devices = next(kubelet.watch("remora-cpu.sock")).devices
         assert (len(devices), {device.health for device in devices}) == (10, {"Unhealthy"})
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(20) == 0
         assert not (tmp_path / "remora-cpu.sock").exists()
     finally:
         process.kill()

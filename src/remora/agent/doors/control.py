@@ -17,7 +17,7 @@ from remora.agent.core import Core
 from remora.agent.doors import views
 from remora.agent.doors.health import Health
 from remora.agent.draining import Draining
-from remora.agent.quotas import holder_of
+from remora.agent.identity import holder_of
 from remora.errors import RemoraError, UnimplementedError
 from remora.wire import control_v1 as v1
 from remora.wire import health_v1
