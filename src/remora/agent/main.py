@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,9 @@ if TYPE_CHECKING:  # imported in `run`, while the first worker starts
     from remora.agent.core import Core
     from remora.agent.otlp import TraceOptions
     from remora.agent.server import Agent
+
+#: Objects made and kept since the last garbage collection that bring the next one; Python's own number is 700.
+_OBJECTS_PER_COLLECTION = 10_000
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,16 @@ def _end(agent: Agent, reactor: Reactor, timeout_s: float) -> None:
         reactor.stop()
     else:
         agent.drain(timeout_s)
+
+
+def _settle_memory() -> None:
+    """Leave what is there for good out of every garbage collection, and collect less often.
+
+    Looking at it again and again took a tenth of the agent's time under load. Requests leave no cycles behind: what
+    the collector finds is little.
+    """
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_PER_COLLECTION, 20, 20)
 
 
 def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers: MakeWorkers) -> int:
@@ -175,6 +189,7 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         for signum in (signal.SIGTERM, signal.SIGINT):
             reactor.on_signal(signum, lambda: _end(agent, reactor, policy.limits.drain_timeout_s))
         lifecycle.announce(options.ready_fd, " ".join(addresses))
+        _settle_memory()
         reactor.run()
         log.info("agent stopping")
     return 0

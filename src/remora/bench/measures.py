@@ -9,6 +9,7 @@
 | *_4_clients, *_16_clients | answers a second, so many client processes | as many threads of this process |
 
 Peers of `tensor` (`bench.peers`): gRPC in Python with the same bytes, Triton's clients against the agent's own door.
+Peer of `classify_tensor`: ONNX Runtime in this process as it comes, which runs one request on all cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 
 import remora
 from remora.bench.echo import echo
-from remora.bench.peers import free_port, grpc_echo, triton
+from remora.bench.peers import all_cores, free_port, grpc_echo, triton
 from remora.bench.rig import Rig, agent
 from remora.bench.rounds import Series, alternate, ratio
 from remora.catalog.build import build
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return self.rounds * 12 + self.throughput_rounds * 4 * len(self.clients)
+        return self.rounds * 13 + self.throughput_rounds * 4 * len(self.clients)
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _latencies(
         triton(rig.directory / "oip.sock", oip_port, IDENTITY, identity_input, big) as clients,
     ):
         peers = {**grpc, **clients}
+        whole = all_cores(MODEL, {input_name: work.tensor})
         series = alternate(
             {
                 "echo_64": echo_small,
@@ -147,6 +149,7 @@ def _latencies(
                 "local_picture": work.local("picture"),
                 "classify_picture": lambda: session.classify(work.picture, model=MODEL),
                 **peers,
+                **whole,
             },
             rounds=plan.rounds,
             seconds=plan.seconds,
@@ -160,16 +163,14 @@ def _latencies(
             "ratio": round(ratio(series[name], series[yardstick]), 3),
         }
 
+    def beside(measured: str, names: Iterable[str]) -> dict[str, Any]:
+        found = [{"name": name, **_figures(series[name])} for name in names]
+        return {"peers": [{**one, "ratio": round(ratio(series[one["name"]], series[measured]), 3)} for one in found]}
+
     return {
         "noop": compare("noop", "echo_64"),
-        "tensor": {
-            **compare("tensor", "echo_588k"),
-            "peers": [
-                {"name": name, **_figures(series[name]), "ratio": round(ratio(series[name], series["tensor"]), 3)}
-                for name in peers
-            ],
-        },
-        "classify_tensor": compare("classify_tensor", "local_tensor"),
+        "tensor": {**compare("tensor", "echo_588k"), **beside("tensor", peers)},
+        "classify_tensor": {**compare("classify_tensor", "local_tensor"), **beside("classify_tensor", whole)},
         "classify_picture": compare("classify_picture", "local_picture"),
     }
 

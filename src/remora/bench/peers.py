@@ -4,9 +4,10 @@
 |---|---|
 | grpc_bytes | a Python gRPC server that answers bytes with the same bytes, on a Unix socket: no message, no array |
 | grpc | the same server, as an identity model: Open Inference messages of protobuf, an array at both ends |
+| all_cores | ONNX Runtime in this process with its own defaults: one run has all cores |
 | triton_grpc, triton_http | Triton's stock clients against the agent's own Open Inference Protocol door |
 
-They need packages that only remora[dev] brings; what is not installed is left out.
+All but `all_cores` need packages that only remora[dev] brings; what is not installed is left out.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from remora.catalog.entries import load_catalog
 
 _BYTES, _TENSOR = "/remora.bench.Echo/Bytes", "/remora.bench.Echo/Tensor"
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
@@ -96,6 +99,14 @@ def grpc_echo(directory: Path, tensor: Tensor) -> Iterator[dict[str, Call]]:
                 }
         finally:
             process.stdin.close()
+
+
+def all_cores(model: str, feeds: Mapping[str, Tensor]) -> dict[str, Call]:
+    """Return a call that runs a catalogue model in this process, by ONNX Runtime as it comes."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(load_catalog()[model].source.path.read_bytes())
+    return {"all_cores": lambda: session.run(None, dict(feeds))}
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ with one job is an answer, never an end; the end of either socket ends the proce
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import math
 import mmap
@@ -409,6 +410,7 @@ def main(argv: Sequence[str]) -> None:
     if filtered:
         seccomp.install("models")
     limits = Limits(model_bytes=model_bytes, pixels=pixels)
+    gc.freeze()  # what is imported stays: no collection between two jobs looks at it
     worker = Worker(socket.socket(fileno=job_fd), socket.socket(fileno=control_fd), limits)
     try:
         worker.serve()
