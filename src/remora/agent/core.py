@@ -90,6 +90,7 @@ class Core:
         self.tuning.seed = self.scheduler.seed
         self.answers = Answers(policy.limits)
         self.models.terms = lambda session: self.quotas.terms(session.owner, session.tenant)
+        self.models.on_spent = self._charge
         self.sessions.quotas = self.store.quotas = self.quotas
         self.execution = Execution(
             workers,
@@ -101,6 +102,7 @@ class Core:
             reactor.call_soon,
             self.libraries,
             self.quotas,
+            policy.limits.queue_length_per_tenant,
         )
         self.sharing = Sharing(workers, policy.limits)
         self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
@@ -126,6 +128,13 @@ class Core:
     def _lane_idle(self, lane: Lane) -> None:
         self.tuning.idle(lane)
         self.residency.idle(lane)
+
+    def _charge(self, session: Session, used_s: float) -> None:
+        """Have a tenant pay for what a model of its own took to load."""
+        tenant, used_us = session.tenant, int(used_s * 1e6)
+        terms = self.quotas.terms(session.owner, tenant)
+        self.quotas.charge(tenant, terms, used_us)
+        self.scheduler.charge(tenant, used_us, terms.share.weight)
 
     def message_bytes(self, identity: Identity) -> int:
         """Return the largest message that a caller may send."""

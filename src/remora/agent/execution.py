@@ -20,11 +20,16 @@ from remora.agent.quotas import Quotas
 from remora.agent.rules import Rules
 from remora.agent.scheduler import Scheduler
 from remora.agent.sessions import Session, Sessions
-from remora.agent.tickets import Ticket
+from remora.agent.tickets import Ticket, queue_full
 from remora.agent.timings import Timings
 from remora.agent.tuning import form_of
-from remora.errors import CancelledError, DataLossError, NotFoundError, RemoraError
-from remora.workers.contract import Job, JobHandle, ModelSpec, Result, Workers
+from remora.errors import CancelledError, DataLossError, NotFoundError, RemoraError, ResourceExhaustedError
+from remora.workers.contract import SHARED, Job, JobHandle, ModelSpec, Result, Workers
+
+#: How long an answer may take to come from a tenant's own worker: more than it says that it ran counts as run.
+_WAY_US = 2000
+#: How often a request may be sent again while it runs: each time one more may wait for it.
+_MOST_WAITERS = 64
 
 
 class Run:
@@ -81,7 +86,12 @@ class Execution:
         call_soon: Callable[[Callable[[], None]], None],
         libraries: Libraries,
         quotas: Quotas | None = None,
+        queue_length: int = 256,
     ) -> None:
+        """
+        Args:
+            queue_length: Requests of a tenant that wait for models to be loaded, unless its rules say otherwise.
+        """
         self._quotas = quotas or Quotas(Rules(), time.monotonic)
         self._libraries = libraries
         #: Raised instead of beginning anything, while the agent drains.
@@ -94,6 +104,9 @@ class Execution:
         self._metrics = metrics
         self._call_soon = call_soon
         self._runs: dict[str, set[Run]] = {}  # by session
+        self._queue_length = queue_length
+        #: Requests of each tenant whose model is being loaded, given up or not.
+        self._loading: Counter[str] = Counter()
         scheduler.together = self._start_together
 
     def run(self, session: Session, operation: Operation, release: Callable[[], None], done: Waiter) -> Run | None:
@@ -120,6 +133,8 @@ class Execution:
             done(known)
             return None
         if known is not None:
+            if len(known.waiters) >= _MOST_WAITERS:
+                raise ResourceExhaustedError(f"request {operation.request_id} was sent too often", fix="wait for it")
             release()
             known.waiters.append(done)
             return None
@@ -152,18 +167,32 @@ class Execution:
             domain = (self._libraries if executes else self._models).domain_for(run.session, model)
         self._runs.setdefault(run.session.id, set()).add(run)
         try:
-            if executes:
-                run.library = True
-                self._libraries.begin(run.session, model, lambda outcome: self._loaded(run, domain, outcome))
-            elif computes or self._models.loaded(domain, model):
+            if computes or (not executes and self._models.loaded(domain, model)):
                 self._queue(run, domain)
-            else:
-                self._models.ensure(run.session, model, lambda outcome: self._loaded(run, domain, outcome))
+                return
+            if self._loading[tenant] >= (terms.share.queue or self._queue_length):
+                raise queue_full(terms.share, self._queue_length, 1.0)
+            self._loading[tenant] += 1
+            try:
+                if executes:
+                    run.library = True
+                    self._libraries.begin(run.session, model, lambda outcome: self._loaded(run, domain, outcome))
+                else:
+                    self._models.ensure(run.session, model, lambda outcome: self._loaded(run, domain, outcome))
+            except RemoraError:
+                self._load_ended(tenant)
+                raise
         except RemoraError:
             self._remove(run)
             raise
 
+    def _load_ended(self, tenant: str) -> None:
+        self._loading[tenant] -= 1
+        if not self._loading[tenant]:
+            del self._loading[tenant]
+
     def _loaded(self, run: Run, domain: str, outcome: ModelSpec | RemoraError) -> None:
+        self._load_ended(run.session.tenant)
         if run.cancelled:
             self._finish(run, CancelledError("the request was given up"))
             return
@@ -284,7 +313,10 @@ class Execution:
                 measured = isinstance(outcome, Result)
                 # What failed or was given up has used its time, too: else that would be the way around a share.
                 part = ticket.rows / ticket.turn.rows if ticket.turn is not None else 1.0
-                used_us = run_us if measured else int((timings.ended_s - timings.begun_s) * 1e6 * part)
+                took_us = int((timings.ended_s - timings.begun_s) * 1e6 * part)
+                used_us = run_us if measured else took_us
+                if measured and run.domain != SHARED:  # who has taken a worker of its own over says what it likes
+                    used_us = max(run_us, took_us - _WAY_US)
                 tenant, key = run.session.tenant, run.session.owner
                 self._quotas.charge(tenant, self._quotas.terms(key, tenant), used_us, device=run.device, key=key)
                 self._scheduler.finished(ticket, used_us, measured=measured)

@@ -14,7 +14,7 @@ from pathlib import Path
 from remora.agent import files
 from remora.agent.cards import CatalogueEntry, ModelCard
 from remora.agent.disk import DiskPool
-from remora.agent.model_files import FORMATS, as_declared, check_program, recognise
+from remora.agent.model_files import FORMATS, TORCHSCRIPT, as_declared, check_program, recognise
 from remora.agent.operations import Operation, is_digest
 from remora.agent.residency import Residency
 from remora.agent.rules import UNBOUNDED, Terms
@@ -54,23 +54,35 @@ class Models:
         self._disk = disk
         #: What policy grants to a session.
         self.terms: Callable[[Session], Terms] = lambda _session: UNBOUNDED
+        #: Called with how long a tenant's own model took to load, whether it could be or not.
+        self.on_spent: Callable[[Session, float], None] = lambda _session, _used_s: None
         self.tuning = tuning
         self.residency = residency
         self._loaded: dict[tuple[str, str], ModelSpec] = {}
         #: Where models run, as far as is known: where the last one came to run.
         self._device = "cpu"
         self._waiting: dict[tuple[str, str], list[SpecDone]] = {}
+        #: Uploads that are programs, while they are loaded: who may run them is asked at each run.
+        self._programs: dict[tuple[str, str], ModelSource] = {}
 
     def domain_for(self, session: Session, model: str) -> str:
         """Return the trust domain in which the session may run the model: the catalogue's, or one it loaded.
 
         Raises:
             NotFoundError: no such model, or not loaded in this session.
+            PermissionDeniedError: it is a program, and policy lets this caller run none.
         """
         domain = self.domain(session.tenant, model, self.terms(session))
         if domain != SHARED and model not in (session.models or ()):
             raise NotFoundError(f"{model} is not loaded in this session", fix="load it first")
+        self._check_program((domain, model), session)
         return domain
+
+    def _check_program(self, key: tuple[str, str], session: Session) -> None:
+        """Ask policy anew: the model may be loaded for another of the tenant's callers, or by rules of yesterday."""
+        program = self._programs.get(key)
+        if program is not None:
+            check_program(program, self.terms(session))
 
     def domain(self, tenant: str, model: str, terms: Terms | None = None) -> str:
         """Return the trust domain to which a model that the tenant may know of belongs.
@@ -116,7 +128,7 @@ class Models:
 
         Damaged bytes are forgotten before the caller hears of it, so that what it sends then is not taken for stored.
         """
-        if self._loaded.pop((domain, model), None) is not None:
+        if self._drop((domain, model)):
             self.tuning.forget((domain, model))
             self.residency.forget([(domain, model)])
         if isinstance(reason, DataLossError) and domain != SHARED:
@@ -137,6 +149,7 @@ class Models:
         domain = self.domain(session.tenant, model, self.terms(session))
         self.terms(session).check("models", model)
         key = (domain, model)
+        self._check_program(key, session)
         spec = self._loaded.get(key)
         if spec is not None and not self.residency.leaving(key):
             done(spec)
@@ -150,7 +163,7 @@ class Models:
             self._load_catalogue(key, entry)
         else:
             chosen = model_format or (session.models or {}).get(model, "")
-            self._load_upload(key, chosen, self.terms(session))
+            self._load_upload(key, chosen, session)
 
     def _load_catalogue(self, key: tuple[str, str], entry: CatalogueEntry) -> None:
         source = entry.source
@@ -169,7 +182,7 @@ class Models:
         except RemoraError as error:
             self._answer(key, error)
 
-    def _load_upload(self, key: tuple[str, str], model_format: str, terms: Terms) -> None:
+    def _load_upload(self, key: tuple[str, str], model_format: str, session: Session) -> None:
         tenant, digest = key
 
         def opened(path: Path | RemoraError) -> None:
@@ -178,18 +191,20 @@ class Models:
                 return
             try:
                 source = ModelSource(digest, digest, path, model_format or recognise(path))
-                check_program(source, terms)
+                check_program(source, self.terms(session))
             except RemoraError as error:
                 self._answer(key, error)
                 return
-            self._load(key, source)
+            if source.format == TORCHSCRIPT:
+                self._programs[key] = source
+            self._load(key, source, session)
 
         try:
             self._store.open(tenant, digest, opened)
         except RemoraError as error:
             self._answer(key, error)
 
-    def _load(self, key: tuple[str, str], source: ModelSource) -> None:
+    def _load(self, key: tuple[str, str], source: ModelSource, payer: Session | None = None) -> None:
         """Load a verified file as soon as there is room for it."""
         try:
             file_bytes = source.path.stat().st_size
@@ -199,15 +214,17 @@ class Models:
         size_bytes = size_bytes or self.residency.expected_bytes(self._device, file_bytes)
         try:
             self.residency.admit(
-                key, self._device, size_bytes, partial(self._begin_load, key, source), partial(self._answer, key)
+                key, self._device, size_bytes, partial(self._begin_load, key, source, payer), partial(self._answer, key)
             )
         except RemoraError as error:
             self._answer(key, error)
 
-    def _begin_load(self, key: tuple[str, str], source: ModelSource) -> None:
+    def _begin_load(self, key: tuple[str, str], source: ModelSource, payer: Session | None) -> None:
         began_s = time.monotonic()
 
         def loaded(found: ModelSpec | RemoraError) -> None:
+            if payer is not None:
+                self.on_spent(payer, time.monotonic() - began_s)
             outcome = as_declared(source, found)
             if isinstance(outcome, ModelSpec):
                 outcome = self._settle(key, source, outcome, time.monotonic() - began_s)
@@ -236,14 +253,21 @@ class Models:
 
     def evict(self, key: tuple[str, str]) -> None:
         """Unload an idle model; the next request for it loads it again."""
-        if self._loaded.pop(key, None) is not None:
+        if self._drop(key):
             self._workers.unload(*key)
             self.tuning.forget(key)
+
+    def _drop(self, key: tuple[str, str]) -> bool:
+        """Forget that a model is loaded; False if it was not."""
+        self._programs.pop(key, None)
+        return self._loaded.pop(key, None) is not None
 
     def _answer(self, key: tuple[str, str], outcome: ModelSpec | RemoraError) -> None:
         waiting = self._waiting.pop(key, [])
         if isinstance(outcome, ModelSpec):
             self._loaded[key] = outcome
+        else:
+            self._programs.pop(key, None)
         for done in waiting:
             done(outcome)
 
@@ -293,7 +317,7 @@ class Models:
                 self._forget_unused(session.tenant, model)
 
     def _forget_unused(self, tenant: str, model: str) -> None:
-        if not self._sessions.uses_model(tenant, model) and self._loaded.pop((tenant, model), None) is not None:
+        if not self._sessions.uses_model(tenant, model) and self._drop((tenant, model)):
             self._workers.unload(tenant, model)
             self.tuning.forget((tenant, model))
             self.residency.forget([(tenant, model)])
@@ -303,7 +327,7 @@ class Models:
         self.tuning.forget_domain(domain)
         gone = [key for key in (*self._loaded, *self._waiting) if key[0] == domain]
         for key in gone:
-            self._loaded.pop(key, None)
+            self._drop(key)
             self.tuning.forget(key)
         self.residency.forget(gone)
 

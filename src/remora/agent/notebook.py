@@ -17,6 +17,8 @@ from remora.workers.contract import Measurement
 
 _VERSION = 2
 _MOST = 4096
+#: Of one tenant's uploads; it may replace them by others all day.
+_MOST_OWN = 256
 _MOST_BYTES = 8 << 20
 
 
@@ -40,30 +42,29 @@ class Notebook:
         self._path = path
         self._disk = disk
         self._kept: dict[str, Facts] = _read(path)
-        self._own: dict[tuple[str, str], Facts] = {}
+        self._own: dict[str, dict[str, Facts]] = {}
 
     def get(self, domain: str, key: str, *, kept: bool) -> Facts | None:
-        return self._kept.get(key) if kept else self._own.get((domain, key))
+        return (self._kept if kept else self._own.get(domain, {})).get(key)
 
     def put(self, domain: str, key: str, facts: Facts, *, kept: bool) -> None:
+        table = self._kept if kept else self._own.setdefault(domain, {})
+        table.pop(key, None)
+        table[key] = facts  # the newest last
+        while len(table) > (_MOST if kept else _MOST_OWN):
+            del table[next(iter(table))]
         if not kept:
-            self._own[domain, key] = facts
             return
-        self._kept.pop(key, None)
-        self._kept[key] = facts  # the newest last
-        while len(self._kept) > _MOST:
-            del self._kept[next(iter(self._kept))]
         data = json.dumps({"version": _VERSION, "models": {key: asdict(one) for key, one in self._kept.items()}})
         self._disk.insist("notebook", lambda: _write(self._path, data.encode()))
 
     def memory_bytes(self, domain: str, digest: str, *, kept: bool) -> int:
         """Return what a model took when it was last loaded, on whatever device; 0 if it never was."""
-        found = self._kept.values() if kept else (facts for (one, _), facts in self._own.items() if one == domain)
-        return max((facts.memory_bytes for facts in found if facts.digest == digest), default=0)
+        table = self._kept if kept else self._own.get(domain, {})
+        return max((facts.memory_bytes for facts in table.values() if facts.digest == digest), default=0)
 
     def forget(self, domain: str) -> None:
-        for key in [key for key in self._own if key[0] == domain]:
-            del self._own[key]
+        self._own.pop(domain, None)
 
 
 def _write(path: Path, data: bytes) -> None:

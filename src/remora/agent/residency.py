@@ -4,6 +4,8 @@ A budget per device bounds what models take by measurement. What runs or has req
 busy models are left to make room, the one that is worth least takes no new requests until it has answered those it has,
 and then goes; the new requests wait until it is back. So no client sees an error, and nobody waits forever.
 
+Loads that wait take turns by tenant, so that nobody waits behind all the models of somebody else.
+
 Worth is what loading it again would cost, for the memory it takes and the time since it was used: of two models that
 are loaded equally fast, the larger and longer unused goes first.
 
@@ -12,7 +14,7 @@ Values and callbacks only: no workers, no files.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +28,8 @@ _PATIENCE_S = 0.25
 _STAY_S = 1.0
 #: A load that finds no room for so long fails.
 _MOST_WAIT_S = 30.0
+#: Models of one tenant, or of the catalogue, that are loaded at the same time.
+_AT_ONCE = 4
 #: Without a measured time, loading is taken to need this much.
 _LOAD_S = 0.1
 RULE = "workers.device_memory_bytes"
@@ -68,6 +72,8 @@ class Residency:
         self._loading: dict[Lane, _Load] = {}
         self._waiting: deque[_Load] = deque()
         self._leaving: set[Lane] = set()
+        #: When a tenant, while any waits, last had a turn.
+        self._turns: dict[str, int] = {}
 
     def used_bytes(self) -> Mapping[str, int]:
         """Return what models take, by device."""
@@ -159,30 +165,41 @@ class Residency:
         self._advance()
 
     def trim(self) -> None:
-        """Come back under the budget where a model turned out larger than expected, as far as others are idle."""
+        """Come back under the budget where a model turned out larger than expected, as far as others are idle.
+
+        Then begin what waits.
+        """
         for device in {one.device for one in self._models.values()}:
             self._make_room(device, 0, partly=True)
+        self._advance()
 
     def sweep(self) -> None:
         """See to models that grew, and to loads that wait for long."""
         self.trim()
         now_s = self._now_s()
-        while self._waiting and now_s - self._waiting[0].since_s > _MOST_WAIT_S:
-            load = self._waiting.popleft()
+        for load in [load for load in self._waiting if now_s - load.since_s > _MOST_WAIT_S]:
+            self._waiting.remove(load)
             full = ResourceExhaustedError(f"there was no room for model {load.key[1]} on {load.device} ({RULE})")
             load.fail(with_retry(full, 1.0))
         self._advance()
-        if self._waiting and now_s - self._waiting[0].since_s > _PATIENCE_S:
-            self._ask_to_leave(self._waiting[0])
+        first = self._first()
+        if first is not None and now_s - first.since_s > _PATIENCE_S:
+            self._ask_to_leave(first)
 
     def _advance(self) -> None:
-        while self._waiting:
-            load = self._waiting[0]
-            if not self._make_room(load.device, load.size_bytes):
-                return
-            self._waiting.popleft()
+        while (load := self._first()) is not None and self._make_room(load.device, load.size_bytes):
+            self._waiting.remove(load)
+            self._turns[load.key[0]] = 1 + max(self._turns.values(), default=0)
+            if not self._waiting:
+                self._turns.clear()
             self._loading[load.key] = load
             load.start()
+
+    def _first(self) -> _Load | None:
+        """Return the next load: the oldest of the tenant whose last turn is longest ago."""
+        under_way = Counter(domain for domain, _model in self._loading)
+        free = [load for load in self._waiting if under_way[load.key[0]] < _AT_ONCE]
+        return min(free, key=lambda load: self._turns.get(load.key[0], 0), default=None)
 
     def _free_bytes(self, device: str) -> int:
         budget = self._budget_bytes(device)

@@ -23,10 +23,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from remora.agent.hints import with_retry
 from remora.agent.lanes import Entry, Queues, WorkerLanes
-from remora.agent.tickets import Lane, Ticket, Turn
-from remora.errors import DeadlineExceededError, ResourceExhaustedError
+from remora.agent.tickets import Lane, Ticket, Turn, queue_full
+from remora.errors import DeadlineExceededError
 
 #: Head start of one step of priority.
 _HEAD_START_US = 50_000.0
@@ -34,7 +33,6 @@ _HEAD_START_US = 50_000.0
 _LOOK_AHEAD = 64
 #: Deadlines of tickets that wait no more, beyond which the list is cleaned.
 _SLACK = 1000
-_NODE_RULE = "limits.queue_length_per_tenant"
 
 
 class Scheduler(Protocol):
@@ -95,15 +93,8 @@ class FairScheduler:
     def submit(self, ticket: Ticket) -> None:
         tenant, share, now_s = ticket.tenant, ticket.share, self._now_s()
         worker, lane = self._lane(ticket.lane)
-        most = share.queue or self._queue_length
-        if self.waiting.get(tenant, 0) >= most:
-            raise with_retry(
-                ResourceExhaustedError(
-                    f"{most} requests of this tenant wait already ({share.queue_rule or _NODE_RULE})",
-                    fix="send fewer at a time, or ask the operator to raise it",
-                ),
-                lane.times.estimate_us / 1e6,
-            )
+        if self.waiting.get(tenant, 0) >= (share.queue or self._queue_length):
+            raise queue_full(share, self._queue_length, lane.times.estimate_us / 1e6)
         self._check_time(lane, ticket, now_s)
         lane.plan = ticket.plan
         ticket.since_s = now_s
@@ -123,6 +114,10 @@ class FairScheduler:
             return
         self._wait(worker, lane, ticket)
         self._pump(worker)
+
+    def charge(self, tenant: str, used_us: int, weight: float) -> None:
+        """Charge a tenant for what it used without a ticket: the time that a model of its own took to load."""
+        self._virtual[tenant] = max(self._floor(), self._virtual.get(tenant, 0.0)) + used_us / weight
 
     def _lane(self, key: Lane) -> tuple[WorkerLanes, Queues]:
         worker = self._workers.get(key[0])

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from remora.errors import RemoraError
+from remora.agent.hints import with_retry
+from remora.errors import RemoraError, ResourceExhaustedError
 
 #: (trust domain, model). A domain is one worker, whose device all its lanes share.
 Lane = tuple[str, str]
@@ -29,6 +30,16 @@ class Share:
 
 
 EVERYONE = Share()
+
+
+def queue_full(share: Share, node_most: int, again_s: float) -> RemoraError:
+    """Return the refusal of a tenant that has as many requests waiting as it may."""
+    rule = share.queue_rule or "limits.queue_length_per_tenant"
+    full = ResourceExhaustedError(
+        f"{share.queue or node_most} requests of this tenant wait already ({rule})",
+        fix="send fewer at a time, or ask the operator to raise it",
+    )
+    return with_retry(full, again_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,9 @@ _NEAR = 0.9
 _HINDERED = 0.8
 #: A model that is never idle is measured after this long all the same.
 _PATIENCE_S = 5.0
+#: A tenant's own models are measured one at a time, and for this share of the time at most: whoever uploads one model
+#: after the other must not have the node measure for ever.
+_SHARE = 0.1
 
 
 def form_of(operation: Operation) -> tuple[Hashable, int]:
@@ -112,6 +115,7 @@ class Tuning:
         self.on_memory: Callable[[Lane, int], None] = lambda _lane, _bytes: None
         self._plans: dict[Lane, Plan] = {}
         self._unmeasured: dict[Lane, _Unmeasured] = {}
+        self._rests: dict[str, float] = {}  # tenant -> when a model of its own may be measured again
 
     def plan(self, lane: Lane, operation: Operation) -> Plan:
         """Return how a request for a loaded model is run."""
@@ -140,7 +144,8 @@ class Tuning:
     def idle(self, lane: Lane) -> None:
         """Nothing runs or waits in a lane: a good moment to measure its model."""
         waiting = self._unmeasured.get(lane)
-        if waiting is not None and waiting.shapes is not None and not waiting.asked:
+        rests = self._now_s() < self._rests.get(lane[0], 0.0)
+        if waiting is not None and waiting.shapes is not None and not waiting.asked and not rests:
             self._measure(lane, waiting)
 
     def sweep(self) -> None:
@@ -155,10 +160,13 @@ class Tuning:
 
     def forget_domain(self, domain: str) -> None:
         self._notebook.forget(domain)
+        self._rests.pop(domain, None)
 
     def _measure(self, lane: Lane, waiting: _Unmeasured) -> None:
         waiting.asked = True
         most = MOST_ROWS if takes_rows(waiting.spec) else 1
+        if lane[0] != SHARED:
+            self._rests[lane[0]] = self._now_s() + self._settings.calibrate_ms / 1000 / _SHARE
 
         def measured(outcome: Measurement | RemoraError) -> None:
             if self._unmeasured.get(lane) is not waiting:

@@ -1,7 +1,9 @@
 """One trust domain's worker, kept alive: what it should have loaded, what it runs, and what happens when it dies.
 
 The state that matters (which models, which jobs) is here and not in the process, so a new process is brought to where
-the old one was. Jobs wait here only while there is no process, or while it loads or maps what they need.
+the old one was. Jobs wait here only while there is no process, or while it loads or maps what they need, or for a
+suspect: a job that was in flight when a worker died runs by itself the second time, so that what ends workers takes
+nobody along twice.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from remora.errors import (
 )
 from remora.reactor import Reactor, Timer
 from remora.workers.arena import SharedMemory, aligned
+from remora.workers.blame import Blame
 from remora.workers.contract import ModelSource, Result
 from remora.workers.jobs import MODELLESS, PendingJob
 from remora.workers.process import WorkerProcess
@@ -75,6 +78,7 @@ class Domain:
         self._queued = False  # for its turn to start a worker
         self._deadline: Timer | None = None
         self._blameless = False
+        self._blame = Blame()
 
     def load(self, source: ModelSource, done: LoadDone) -> None:
         self.residents.want(source, done)
@@ -89,7 +93,7 @@ class Domain:
     def submit(self, pending: PendingJob) -> None:
         if not self._accept(pending):
             return
-        if self.waiting or not self._start(pending):
+        if self.waiting or self._kept_apart(pending) or not self._start(pending):
             self.waiting.append(pending)
             self._advance()
 
@@ -99,7 +103,7 @@ class Domain:
         for pending in jobs:
             if not self._accept(pending):
                 continue
-            data = None if self.waiting else self._datagram(pending)
+            data = None if self.waiting or self._kept_apart(pending) else self._datagram(pending)
             if data is None:
                 self.waiting.append(pending)
             elif data:
@@ -117,6 +121,11 @@ class Domain:
         if model is None and pending.job.operation not in MODELLESS:
             problem = NotFoundError(f"model {pending.job.model} is not loaded", fix="load it first")
             pending.finish(problem, self._reactor.call_soon)
+            return False
+        try:
+            self._blame.check(pending.job.tenant, time.monotonic())
+        except RemoraError as error:
+            pending.finish(error, self._reactor.call_soon)
             return False
         deadline_s = pending.job.deadline_s
         if deadline_s is not None and (self._deadline is None or deadline_s < self._deadline.when_s):
@@ -161,6 +170,12 @@ class Domain:
         if pending.done is not None and self.process is process:
             self._blameless = True
             process.kill("a job did not stop when it was told to")
+
+    def _kept_apart(self, pending: PendingJob) -> bool:
+        """True if a job must wait until the worker is idle, or until a suspect has left it."""
+        if not self.jobs:
+            return False
+        return pending.attempts > 0 or (len(self.jobs) == 1 and next(iter(self.jobs.values())).attempts > 0)
 
     def _start(self, pending: PendingJob) -> bool:
         """Hand a job to the worker; False if something that it needs is not there yet."""
@@ -230,6 +245,8 @@ class Domain:
                 outcome.release()
             outcome = pending.error
         pending.finish(outcome)
+        if self.waiting:
+            self._advance()
 
     def _remember_size(self, pending: PendingJob, result: Result) -> None:
         """The next job of this form gets a block of the right size at once."""
@@ -264,10 +281,15 @@ class Domain:
         if not process.ready:
             return
         self.residents.send_wanted(process)
-        for _ in range(len(self.waiting)):
-            pending = self.waiting.popleft()
+        waiting, self.waiting = self.waiting, deque()
+        while waiting:
+            pending = waiting.popleft()
+            if self._kept_apart(pending):
+                self.waiting.append(pending)
+                break  # and nobody overtakes it, or it would wait for ever
             if not self._start(pending):
                 self.waiting.append(pending)
+        self.waiting.extend(waiting)
 
     def _launch(self) -> None:
         self._restart, self._queued = None, False
@@ -331,6 +353,8 @@ class Domain:
             if error is None:
                 survivors.append(pending)
             else:
+                if self._shared and blamed and pending.error is None and len(in_flight) == 1:
+                    self._blame.note(pending.job.tenant, time.monotonic())
                 pending.finish(error, self._reactor.call_soon)
         self.waiting.extendleft(reversed(survivors))
         self.residents.died(reason)

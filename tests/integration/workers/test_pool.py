@@ -28,6 +28,7 @@ from remora.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from remora.workers.blame import FORGIVEN
 from remora.workers.contract import SHARED, Job, ModelSpec, Result, TensorView
 
 
@@ -377,6 +378,36 @@ def test_a_job_that_kills_two_workers_is_aborted_and_the_third_worker_serves(rig
     assert type(box[0]) is AbortedError
     assert "two workers died" in str(box[0])
     result = rig.run(infer(np.zeros((1, 1, 1, 1), np.float32)))
+    assert isinstance(result, Result)
+    result.release()
+
+
+def test_a_job_that_ends_workers_takes_nobody_along_twice_and_its_tenant_may_not_go_on(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("slow", slow_model(600)))
+    rig.load(SHARED, rig.source("brief", slow_model(0.1)))
+
+    def end_worker(*running: str) -> None:
+        rig.until(lambda: sorted(one.job.model for one in rig.pool._domains[SHARED].jobs.values()) == sorted(running))
+        pid = rig.worker().pid
+        os.kill(pid, signal.SIGKILL)
+        rig.until(lambda: not any(info.pid == pid for info in rig.pool.workers()))
+
+    poison = rig.submit(infer(np.zeros(1, np.float32), model="slow", tenant="evil"))
+    bystander = rig.submit(infer(np.full(1, 5, np.float32), model="brief", tenant="good"))
+    end_worker("slow", "brief")
+    later = rig.submit(infer(np.full(1, 6, np.float32), model="brief", tenant="good"))
+    end_worker("slow")  # nobody runs beside the suspect
+    rig.until(lambda: poison and bystander and later)
+    assert type(poison[0]) is AbortedError
+    for box in (bystander, later):
+        assert isinstance(box[0], Result)
+        box[0].release()
+    for _ in range(FORGIVEN - 1):
+        rig.pool._domains[SHARED]._blame.note("evil", time.monotonic())
+    refused = rig.run(infer(np.zeros(1, np.float32), model="brief", tenant="evil"))
+    assert isinstance(refused, ResourceExhaustedError)
+    assert "have ended workers that others use" in str(refused)
+    result = rig.run(infer(np.zeros(1, np.float32), model="brief", tenant="good"))
     assert isinstance(result, Result)
     result.release()
 

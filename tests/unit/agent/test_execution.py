@@ -196,6 +196,46 @@ def test_a_full_queue_refuses_and_keeps_no_trace(bench: Bench) -> None:
     bench.infer(9)
 
 
+def test_requests_that_wait_for_a_model_are_bounded_though_they_are_given_up(bench: Bench) -> None:
+    bench.workers.hold_loads = True
+    for _ in range(2):
+        run, _box = bench.infer()
+        bench.core.execution.cancel(run)
+    with pytest.raises(ResourceExhaustedError, match="queue_length_per_tenant"):
+        bench.infer()
+    bench.until(lambda: bench.workers.pending_loads)
+    bench.workers.pending_loads.pop()()
+    assert bench.released == [1, 1]
+    bench.infer()
+    bench.until_job()
+    bench.workers.finish()
+
+
+def test_a_request_that_is_sent_again_and_again_is_refused_in_the_end(bench: Bench) -> None:
+    for _ in range(64):
+        bench.infer(7)
+    with pytest.raises(ResourceExhaustedError, match="too often"):
+        bench.infer(7)
+    bench.until_job()
+    bench.workers.finish()
+    assert len(bench.released) == 64
+
+
+def test_a_worker_of_a_tenants_own_cannot_say_that_it_ran_for_no_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charged: list[int] = []
+    monkeypatch.setattr(bench.core.quotas, "charge", lambda _tenant, _terms, run_us, **_more: charged.append(run_us))
+    one = operations.tensor("x", "float32", [4], bytes(16))
+    operation = operations.Operation("compute", "sgemm", (one,), function="sgemm")
+    answered: Box[Answer | RemoraError] = Box()
+    run = bench.core.execution.run(bench.session, operation, lambda: None, answered)
+    assert run is not None
+    run.timings.begun_s -= 1.0  # so long ago it went there
+    bench.workers.finish(Result(run_us=0))
+    assert charged[0] > 900_000
+
+
 def test_a_session_that_ends_stops_its_requests(bench: Bench) -> None:
     bench.infer(1)
     bench.until_job()

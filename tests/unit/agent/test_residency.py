@@ -32,8 +32,8 @@ class Bench:
         del self.loaded[key]
         self.evicted.append(key[1])
 
-    def ask(self, name: str, size: int) -> None:
-        key = lane(name)
+    def ask(self, name: str, size: int, domain: str = "shared") -> None:
+        key = domain, name
 
         def start() -> None:
             self.loading[key] = size
@@ -241,3 +241,38 @@ def test_the_budget_holds_and_every_load_comes_to_an_end(steps: list[tuple[str, 
         bench.residency.sweep()
     assert not asked
     assert not bench.failed
+
+
+def test_a_tenant_with_many_models_to_load_lets_others_take_turns() -> None:
+    bench = Bench()
+    bench.load("a", 90)
+    bench.busy.add(lane("a"))
+    for number in range(5):
+        bench.ask(f"many{number}", 60, "greedy")
+    bench.ask("one", 60, "modest")
+    bench.ask("other", 60)
+    bench.busy.clear()
+    order = []
+    while True:
+        bench.residency.idle(lane("a"))
+        if not bench.loading:
+            break
+        (key,) = bench.loading
+        order.append(key[1])
+        del bench.loading[key]
+        bench.residency.failed(key)
+        order += [key[1] for key in bench.loading if len(bench.loading) > 1]
+    assert order[:3] == ["many0", "one", "other"]
+    assert order[3:] == ["many1", "many2", "many3", "many4"]
+
+
+def test_a_tenant_loads_a_few_models_at_a_time() -> None:
+    bench = Bench()
+    for number in range(6):
+        bench.ask(f"small{number}", 1, "eager")
+    bench.ask("other", 1, "patient")
+    assert [domain for domain, _name in bench.loading].count("eager") == 4
+    assert ("patient", "other") in bench.loading
+    del bench.loading["eager", "small0"]
+    bench.residency.failed(("eager", "small0"))
+    assert ("eager", "small4") in bench.loading

@@ -13,7 +13,7 @@ import pytest
 from agent_rooms import Box, rooms
 from fake_workers import FakeWorkers
 from remora.agent import operations
-from remora.agent.notebook import Notebook
+from remora.agent.notebook import Facts, Notebook
 from remora.agent.tickets import ALONE, Lane, Plan
 from remora.agent.tuning import Tuning, choose, form_of
 from remora.errors import AbortedError, InvalidArgumentError
@@ -235,3 +235,29 @@ def test_the_operators_word_goes_first(bench: Bench) -> None:
     bench.tuning.forget(LANE)
     bench.load(inputs=(TensorSpec("input", "float32", (1, 4)),), rows=4)
     assert bench.plan() == ALONE, "a model without an open first axis takes one request at a time"
+
+
+def test_uploads_without_end_are_measured_a_small_part_of_the_time(bench: Bench) -> None:
+    for name in ("a", "b"):
+        bench.load(("tenant", name))
+        bench.tuning.idle(("tenant", name))
+    bench.load(("other", "a"))
+    bench.tuning.idle(("other", "a"))
+    assert len(bench.workers.measures) == 2, "one of each tenant"
+    bench.workers.measures[0][3](GAINS)
+    bench.now_s = 9.0
+    bench.tuning.sweep()
+    assert len(bench.workers.measures) == 2
+    bench.now_s = 10.5
+    bench.tuning.sweep()
+    assert len(bench.workers.measures) == 3
+
+
+def test_what_is_known_of_a_tenants_uploads_is_bounded(tmp_path: Path) -> None:
+    with rooms(tmp_path / "state") as room:
+        notebook = Notebook(tmp_path / "models.json", room.disk)
+        for number in range(1000):
+            notebook.put("tenant", str(number), Facts(str(number), memory_bytes=number), kept=False)
+        assert notebook.memory_bytes("tenant", "999", kept=False) == 999
+        assert notebook.get("tenant", "0", kept=False) is None
+        assert notebook.get("tenant", "900", kept=False) is not None
