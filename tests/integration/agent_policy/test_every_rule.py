@@ -6,17 +6,27 @@ import hashlib
 import json
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from agent_process import AgentProcess, Guest, catalogue_directory, identity_request, wait_until
+from c_library import compile_library
+from oip_clients import Grpc, Reply
+from remora.agent.doors import oip_messages
 from remora.errors import PermissionDeniedError, RemoraError, ResourceExhaustedError
-from remora.wire import remora_v1, vaccel
-from vaccel_google import GoogleClient
+from remora.wire import control_v1, remora_v1, vaccel
+from remora.wire.vaccel_enums import OpType
+from vaccel_calls import BUFFER_BLOB, INT64, RAW, STRING, UINT8
+from vaccel_google import GoogleClient, RemoteError
 
+#: Digest of no library.
+ALLOWED = "sha256:" + 64 * "0"
 RULES = {
     "operations": '["nothing"]',
     "models": '["other-*"]',
@@ -28,8 +38,12 @@ RULES = {
     "sessions": "1",
     "message_bytes": "4194304",
     "exec": "false",
+    "libraries": f'["{ALLOWED}"]',
+    "concurrent_requests": "1",
 }
-CONFIG = "\n".join(f'[tenant."{key}"]\n{key} = {value}' for key, value in RULES.items()) + "\nconcurrent_requests = 1\n"
+#: What a rule needs beside it, to be the one that refuses.
+BESIDE = {"queue_length": "concurrent_requests = 1", "libraries": "exec = true"}
+CONFIG = "\n".join(f'[tenant."{key}"]\n{key} = {value}\n{BESIDE.get(key, "")}' for key, value in RULES.items())
 PICTURE = remora_v1.Tensor(name="input", dtype="float32", shape=[1, 3, 224, 224], data=bytes(602112))
 LARGE = (4 << 20) + 1
 
@@ -222,3 +236,128 @@ def test_a_vaccel_guest_may_have_no_more_sessions(
     client = vaccel_client("sessions")
     with guest(agent, "sessions"), pytest.raises(Exception, match="sessions"):
         client.call("CreateSession", flags=1)
+
+
+LIBRARY = "F(twice) { int32_t n; memcpy(&n, r[0].buf, 4); n *= 2; memcpy(w[0].buf, &n, 4); return 0; }"
+
+
+@pytest.mark.parametrize(("key", "says"), [("exec", "exec is off"), ("libraries", "is not allowed")])
+def test_a_library_that_may_not_be_run_is_refused_by_name_and_no_process_starts_for_it(
+    agent: AgentProcess, vaccel_client: Callable[[str], GoogleClient], tmp_path: Path, key: str, says: str
+) -> None:
+    client = vaccel_client(key)
+    session = client.call("CreateSession", flags=1).session_id
+    data = compile_library(tmp_path, "twice", LIBRARY).data
+    blob = client.message("resource.Blob", type_=BUFFER_BLOB, name="l", data=data, size=len(data))
+    library = client.call("RegisterResource", session_id=session, blobs=[blob]).resource_id
+    read = [
+        client.arg(bytes([OpType.EXEC_WITH_RESOURCE]), UINT8),
+        client.arg(struct.pack("<q", library), INT64),
+        client.arg(b"twice\0", STRING),
+        client.arg(struct.pack("<i", 21), RAW),
+    ]
+    with pytest.raises(RemoteError) as refusal:
+        client.call("Genop", session_id=session, read_args=read, write_args=[client.arg(bytes(4), RAW)])
+    assert says in refusal.value.message
+    assert named(key) in refusal.value.message
+    told(agent, key)
+    status = agent.ask("Status", control_v1.Empty(), control_v1.StatusResponse)
+    assert not [worker.domain for worker in status.workers if worker.domain.startswith(key)]
+
+
+# -- at once ----------------------------------------------------------------------------------------------------------
+
+
+def most_at_once(agent: AgentProcess, key: str) -> int:
+    """Send 24 requests at once as a tenant; return how many of them a worker had in hand at most."""
+    request = remora_v1.InferRequest(model="efficientnet-lite0", inputs=[PICTURE])
+    most, answered = 0, []
+    with guest(agent, key) as caller:
+        caller.call("Infer", request, remora_v1.InferResponse)
+
+        def work() -> None:
+            answered.append(caller.call("Infer", request, remora_v1.InferResponse))
+
+        threads = [threading.Thread(target=work) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        while len(answered) < len(threads):
+            status = agent.ask("Status", control_v1.Empty(), control_v1.StatusResponse)
+            most = max([most, *(worker.jobs for worker in status.workers)])
+            if not any(thread.is_alive() for thread in threads):
+                break
+        for thread in threads:
+            thread.join(30)
+    assert len(answered) == len(threads)  # more than run at once wait, and are not refused
+    return most
+
+
+def test_of_a_tenants_requests_no_more_run_at_once_than_it_may(agent: AgentProcess) -> None:
+    assert most_at_once(agent, "concurrent_requests") == 1
+    assert most_at_once(agent, "message_bytes") > 1, "without the rule more do"
+
+
+# -- the Open Inference Protocol over gRPC ----------------------------------------------------------------------------
+
+PERMISSION_DENIED, RESOURCE_EXHAUSTED = 7, 8
+
+
+@pytest.fixture
+def grpc(agent: AgentProcess) -> Iterator[Callable[[str], Grpc]]:
+    with ExitStack() as stack:
+        yield lambda key: stack.enter_context(Grpc(agent.directory / f"sandbox-{key}" / "channel.sock_8000"))
+
+
+def infer_message(size: int = 1) -> bytes:
+    tensor = oip_messages.InferInputTensor(name="input", datatype="FP32", shape=[1, 1, 1, size])
+    request = oip_messages.ModelInferRequest(
+        model_name="identity", inputs=[tensor], raw_input_contents=[bytes(4 * size)]
+    )
+    return request.to_bytes()
+
+
+def said(reply: Reply) -> str:
+    return unquote(reply.headers["grpc-message"])
+
+
+@pytest.mark.parametrize("key", ["operations", "models", "devices"])
+def test_over_grpc_what_no_pattern_allows_is_refused(
+    agent: AgentProcess, grpc: Callable[[str], Grpc], key: str
+) -> None:
+    reply = grpc(key).call("ModelInfer", infer_message())
+    assert reply.status == PERMISSION_DENIED
+    assert named(key) in said(reply)
+    told(agent, key)
+
+
+@pytest.mark.parametrize("key", ["requests_per_s", "device_s_per_s"])
+def test_over_grpc_a_rate_is_the_same_bucket_and_says_when_to_come_back(grpc: Callable[[str], Grpc], key: str) -> None:
+    client = grpc(key)
+    reply = [client.call("ModelInfer", infer_message()) for _ in range(3)][-1]
+    assert reply.status == RESOURCE_EXHAUSTED
+    assert named(key) in said(reply)
+    assert int(reply.headers["grpc-retry-pushback-ms"]) > 0
+
+
+def test_over_grpc_a_message_that_is_too_large_is_refused(grpc: Callable[[str], Grpc]) -> None:
+    client = grpc("message_bytes")
+    reply = client.call("ModelInfer", infer_message(LARGE // 4))
+    assert reply.status == RESOURCE_EXHAUSTED
+    assert named("message_bytes") in said(reply)
+
+
+def test_over_grpc_one_session_too_many_is_refused(agent: AgentProcess, grpc: Callable[[str], Grpc]) -> None:
+    with guest(agent, "sessions"):
+        reply = grpc("sessions").call("ModelInfer", infer_message())
+    assert reply.status == RESOURCE_EXHAUSTED
+    assert named("sessions") in said(reply)
+
+
+def test_over_grpc_the_index_leaves_out_what_may_not_be_used(grpc: Callable[[str], Grpc]) -> None:
+    def listed(key: str) -> list[str]:
+        reply = grpc(key).call("RepositoryIndex")
+        assert reply.status == 0
+        return [model.name for model in oip_messages.RepositoryIndexResponse.decode(reply.body).models]
+
+    assert listed("models") == []
+    assert "identity" in listed("stored_bytes")

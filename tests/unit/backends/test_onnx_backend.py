@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -154,6 +155,55 @@ def test_a_device_that_is_not_there_is_an_error_with_the_fix() -> None:
     if "CUDAExecutionProvider" not in str(providers("auto")):
         with pytest.raises(InvalidArgumentError, match="needs an ONNX Runtime with CUDA"):
             providers("cuda:0")
+
+
+CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize(
+    ("available", "device", "expected", "used"),
+    [
+        ([CPU], "auto", [CPU], "cpu"),
+        ([CPU], "cpu", [CPU], "cpu"),
+        ([CUDA, CPU], "cpu", [CPU], "cpu"),
+        ([CUDA, CPU], "auto", [(CUDA, {"device_id": "0"}), CPU], "cuda:0"),
+        ([CUDA, CPU], "cuda:3", [(CUDA, {"device_id": "3"}), CPU], "cuda:3"),
+        (
+            [TENSORRT, CUDA, CPU],
+            "cuda:1",
+            [(TENSORRT, {"device_id": "1"}), (CUDA, {"device_id": "1"}), CPU],
+            "cuda:1",
+        ),
+    ],
+)
+def test_the_fastest_providers_come_first_and_the_cpu_last(
+    monkeypatch: pytest.MonkeyPatch, available: list[str], device: str, expected: list[Any], used: str
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: available)
+    assert providers(device) == (expected, used)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:", "cuda:-1", "cuda:0x1", "tpu:0", ""])
+def test_a_device_without_a_number_is_unknown_wherever_there_are_gpus(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    with pytest.raises(InvalidArgumentError, match="unknown device"):
+        providers(device)
+
+
+def test_a_gpu_whose_driver_does_not_answer_is_not_said_to_have_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    real = ort.InferenceSession
+
+    def fallen_back(data: bytes, options: Any, providers: list[Any]) -> Any:
+        asked.append(providers)
+        return real(data, options, providers=[CPU])  # as ONNX Runtime does by itself
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(ort, "InferenceSession", fallen_back)
+    assert OnnxBackend().load(identity({}), "auto", Limits()).device == "cpu"
+    assert asked == [[(CUDA, {"device_id": "0"}), CPU]]
 
 
 def test_importing_the_backend_starts_no_telemetry(tmp_path: Any) -> None:
