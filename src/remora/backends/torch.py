@@ -121,7 +121,8 @@ class TorchBackend:
         chosen = choose_device(device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
+                for kind in (DeprecationWarning, FutureWarning):  # of TorchScript as such
+                    warnings.simplefilter("ignore", kind)
                 module = torch.jit.load(io.BytesIO(data), map_location=chosen).eval()
         except (RuntimeError, ValueError, MemoryError) as error:
             raise _refused("load", error) from error

@@ -55,6 +55,8 @@ class Runtime:
     #: bubblewrap can forbid further user namespaces in a worker. Container runtimes mount /proc/sys read-only, where it
     #: cannot; the worker's system call filter then stands alone.
     closes_userns: bool = True
+    #: Devices that its packages open: PyTorch seeds its generator from one, and takes nothing else for it.
+    devices: tuple[str, ...] = ()
 
 
 @cache
@@ -75,6 +77,7 @@ def runtime() -> Runtime:
         package_binds=tuple(binds),
         libraries=_libraries(stdlib),
         closes_userns=_sysctls_are_writable(),
+        devices=("/dev/urandom",) if importlib.util.find_spec("torch") is not None else (),
     )
 
 
@@ -125,7 +128,7 @@ def worker_argv(
         argv += ["--ro-bind", path, path]
     for path in _PROCESSOR:
         argv += ["--ro-bind-try", path, path]
-    for path in gpu_devices(settings) if not libraries else ():
+    for path in (*found.devices, *gpu_devices(settings)) if not libraries else ():
         argv += ["--dev-bind-try", path, path]
     for number, fd in enumerate(libraries):
         argv += ["--perms", "0500", "--ro-bind-data", str(fd), library_path(number)]

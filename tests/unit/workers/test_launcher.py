@@ -186,3 +186,10 @@ print("computed")
     environment = {"PYTHONPATH": ":".join(sys.path), "PATH": os.defpath}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.returncode) == ("computed", 0), done.stderr
+
+
+def test_a_device_that_packages_need_is_for_models_only() -> None:
+    with_torch = dataclasses.replace(RUNTIME, devices=("/dev/urandom",))
+    settings = WorkerSettings(device="cpu")
+    assert binds(launcher.worker_argv(settings, with_torch, [], 7), "--dev-bind-try") == ["/dev/urandom"]
+    assert binds(launcher.worker_argv(settings, with_torch, [], 7, [9]), "--dev-bind-try") == []
