@@ -10,6 +10,8 @@ from remora.wire.protobuf import Message, string, uint32
 SERVICE = "grpc.health.v1.Health"
 SERVING = 1
 NOT_SERVING = 2
+#: To watchers only: `Check` says NOT_FOUND.
+SERVICE_UNKNOWN = 3
 STATES = {0: "unknown", SERVING: "serving", NOT_SERVING: "not serving"}
 
 

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over gRPC: `inference.GRPCInferenceService`, unary calls only.
+"""The Open Inference Protocol over gRPC: `inference.GRPCInferenceService`, unary calls only, and `grpc.health.v1`.
 
 Tensors in `raw_input_contents` are slices of the message, which lies in memory that the worker maps. Methods that
 Triton adds and this agent does not offer are refused by their name.
@@ -59,7 +59,10 @@ class GrpcDoor:
         try:
             service, _, method = exchange.path.removeprefix("/").rpartition("/")
             if service == health_v1.SERVICE:
-                exchange.service, exchange.method = health.NAME, "Check"
+                exchange.service, exchange.method = health.NAME, "Watch" if method == "Watch" else "Check"
+                if method == "Watch":
+                    self._health.watch(exchange, exchange.body)
+                    return
                 exchange.respond(self._health.call(method, exchange.body).encode())
                 return
             if service != messages.SERVICE:

@@ -50,18 +50,18 @@ def timeout_s(text: str) -> float | None:
 
 
 def refusal_headers(error: RemoraError) -> list[tuple[str, str]]:
-    """Return the only headers of an answer without a message.
+    """Return the only headers of an answer without a message."""
+    return [*RESPONSE_HEADERS[:2], *refusal_trailers(error)]
+
+
+def refusal_trailers(error: RemoraError) -> list[tuple[str, str]]:
+    """Return what ends an answer with a status.
 
     When it is worth sending again is said twice: to whoever reads error details (google.rpc.RetryInfo), and to the
     client's own retries (gRFC A6).
     """
     message = str(error)[:_MAX_MESSAGE]
-    headers = [
-        (":status", "200"),
-        ("content-type", "application/grpc"),
-        ("grpc-status", str(error.code)),
-        ("grpc-message", quote(message, safe=_PLAIN)),
-    ]
+    headers = [("grpc-status", str(error.code)), ("grpc-message", quote(message, safe=_PLAIN))]
     after_s = again_s(error)
     if after_s is not None:
         details = b64encode(Status(code=error.code, message=message, details=[hint(after_s)]).to_bytes())

@@ -3,7 +3,7 @@
 h2 is sans-I/O and decides what is legal; it was chosen over grpcio's server, which brings threads of its own and copies
 every message (docs/decisions/). Data goes around it in both directions (`http2_frames`): in, to the block where a
 message will stay, which its five-byte prefix sizes before anything is allocated; out, from the memory of the answer.
-Only unary calls exist here.
+Calls have one request, and one answer but for those who watch something.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from h2.settings import SettingCodes, Settings
 from remora.agent.web import grpc, http2_frames
 from remora.agent.web.exchange import Allocate, Body, Link, Piece
 from remora.agent.web.http2_frames import MAX_FRAME_BYTES, PREFACE, FrameReader
-from remora.agent.web.http2_streams import GrpcExchange, Stream, take
+from remora.agent.web.http2_streams import PREFIX, GrpcExchange, Stream, take
 from remora.errors import (
     CancelledError,
     InvalidArgumentError,
     ProtocolError,
     RemoraError,
     ResourceExhaustedError,
+    UnavailableError,
     UnimplementedError,
 )
 
-_PREFIX = struct.Struct(">BI")
 _WINDOW_UPDATE = 8
 _MAX_HEADERS_BYTES = 16384
 _MAX_WINDOW = (1 << 31) - 1
@@ -204,12 +204,12 @@ class Http2:
 
     def _message_data(self, stream: Stream, rest: memoryview) -> None:
         if stream.body is None:
-            missing = _PREFIX.size - len(stream.prefix)
+            missing = PREFIX.size - len(stream.prefix)
             stream.prefix += bytes(rest[:missing])
             rest = rest[missing:]
-            if len(stream.prefix) < _PREFIX.size:
+            if len(stream.prefix) < PREFIX.size:
                 return
-            compressed, size = _PREFIX.unpack(stream.prefix)
+            compressed, size = PREFIX.unpack(stream.prefix)
             try:
                 stream.body = self._body(compressed, size)
             except RemoraError as error:
@@ -256,20 +256,36 @@ class Http2:
             on_sent()
             return
         stream.on_sent = on_sent
-        stream.out.append(memoryview(_PREFIX.pack(0, sum(map(len, pieces)))))
-        stream.out.extend(memoryview(piece) for piece in pieces if len(piece))
+        stream.queue(pieces)
         self._h2.send_headers(stream.id, grpc.RESPONSE_HEADERS)
         self._pump(stream)
         self._flush()
 
+    def tell(self, stream: Stream, pieces: Sequence[Piece]) -> bool:
+        """Send one message of several; False if there is still one before it."""
+        if self._over or stream.id not in self._streams or stream.out:
+            return False
+        if not stream.several:
+            stream.several = True
+            self._h2.send_headers(stream.id, grpc.RESPONSE_HEADERS)
+        stream.queue(pieces)
+        self._pump(stream)
+        self._flush()
+        return True
+
     def refuse(self, stream: Stream, error: RemoraError) -> None:
-        """Send a status without a message."""
+        """Send a status without a message, or after the last one."""
         if stream.body is not None:
             stream.body.drop()
             stream.body = None
         if self._over or stream.id not in self._streams:
             return
-        self._h2.send_headers(stream.id, grpc.refusal_headers(error), end_stream=True)
+        if stream.out:  # half a message, which nothing may follow
+            self._h2.reset_stream(stream.id, ErrorCodes.CANCEL)
+            stream.out.clear()
+        else:
+            headers = grpc.refusal_trailers(error) if stream.several else grpc.refusal_headers(error)
+            self._h2.send_headers(stream.id, headers, end_stream=True)
         self._answered(stream)
         self._flush()
 
@@ -296,6 +312,9 @@ class Http2:
             self._link.transmit(
                 [http2_frames.header(size, http2_frames.DATA, 0, stream.id), *frame], self._sent(stream)
             )
+        if stream.several:
+            stream.begun_s = 0.0
+            return
         connection.send_headers(stream.id, grpc.OK_TRAILERS, end_stream=True)
         self._answered(stream)
         self._flush()
@@ -341,7 +360,7 @@ class Http2:
 
     @property
     def busy(self) -> bool:
-        return bool(self._streams)
+        return any(not stream.several for stream in self._streams.values())
 
     def leave(self) -> None:
         if self._leaving or self._over:
@@ -349,6 +368,10 @@ class Http2:
         # Around h2, which would send nothing more after a GOAWAY of its own (RFC 9113, section 6.8).
         self._leaving = True
         self._link.transmit([http2_frames.goaway(self._h2.highest_inbound_stream_id)])
+        for stream in [stream for stream in self._streams.values() if stream.several]:
+            ended = UnavailableError("the agent ends: ask the next one")
+            self.refuse(stream, ended)
+            stream.drop(ended)
         self._flush()
 
     def check(self, now_s: float) -> float | None:

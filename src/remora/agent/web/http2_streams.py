@@ -5,6 +5,7 @@ The connection (`http2`) knows frames, windows and time; nothing of them is here
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -14,16 +15,22 @@ from remora.errors import RemoraError
 from remora.workers.contract import Block
 
 
+#: Before each message: whether it is compressed, and its size.
+PREFIX = struct.Struct(">BI")
+
+
 class Answers(Protocol):
     """The connection as a call answers on it."""
 
     def answer(self, stream: Stream, pieces: Sequence[Piece], on_sent: Callable[[], None]) -> None: ...
 
+    def tell(self, stream: Stream, pieces: Sequence[Piece]) -> bool: ...
+
     def refuse(self, stream: Stream, error: RemoraError) -> None: ...
 
 
 class GrpcExchange(Exchange):
-    """A unary gRPC call; `path` is `/service/Method`."""
+    """A gRPC call with one request; `path` is `/service/Method`. It has one answer, or a stream of them by `tell`."""
 
     __slots__ = ("_connection", "_stream", "path")
 
@@ -49,6 +56,13 @@ class GrpcExchange(Exchange):
         self._connection.answer(self._stream, pieces, sent)
         return True
 
+    def tell(self, pieces: Sequence[Piece]) -> bool:
+        """Send a message of a stream of them, which the client ends, or `fail`.
+
+        Returns False if the client has not taken the one before yet: this one is not sent then.
+        """
+        return not self.ended and self._connection.tell(self._stream, pieces)
+
     def fail(self, error: RemoraError) -> bool:
         """Answer with a status. Returns False if the call was over already."""
         if self.ended:
@@ -62,7 +76,7 @@ class GrpcExchange(Exchange):
 class Stream:
     """One call on its way in or out."""
 
-    __slots__ = ("begun_s", "body", "exchange", "headers", "id", "on_sent", "out", "prefix", "sending")
+    __slots__ = ("begun_s", "body", "exchange", "headers", "id", "on_sent", "out", "prefix", "sending", "several")
 
     def __init__(self, stream_id: int, headers: dict[str, str], now_s: float) -> None:
         self.id = stream_id
@@ -74,9 +88,16 @@ class Stream:
         self.exchange: GrpcExchange | None = None
         #: What the client's windows do not let through yet.
         self.out: deque[memoryview] = deque()
+        #: Its answer is a stream of messages, and has begun.
+        self.several = False
         #: Frames that the socket has not taken yet.
         self.sending = 0
         self.on_sent: Callable[[], None] | None = None
+
+    def queue(self, pieces: Sequence[Piece]) -> None:
+        """Have a message sent after what is queued already."""
+        self.out.append(memoryview(PREFIX.pack(0, sum(map(len, pieces)))))
+        self.out.extend(memoryview(piece) for piece in pieces if len(piece))
 
     def settle(self) -> None:
         """Give the answer's memory back if nothing of it is left to send."""
