@@ -14,7 +14,6 @@ from remora.agent.web.exchange import Body, Exchange, Piece
 from remora.errors import RemoraError
 from remora.workers.contract import Block
 
-
 #: Before each message: whether it is compressed, and its size.
 PREFIX = struct.Struct(">BI")
 
