@@ -32,7 +32,7 @@ EXEC = "exec"
 NAMES = tuple(sorted((*PICTURES, INFER)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # never changed, as `TensorView`
 class Operation:
     """One request for a worker, valid by construction (see `infer`, `picture`, `execute` and `agent.compute`)."""
 
