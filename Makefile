@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 DEMO_VMS ?= 4
 PYTEST_ARGS ?=
 
-.PHONY: help setup system demo test test-kubernetes lint format bench docs models guest clean
+.PHONY: help setup system image demo test test-kubernetes lint format bench docs models guest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -31,6 +31,9 @@ models: setup ## build the catalogue's models from packages
 
 guest: setup ## build the guest OS image
 	@$(BIN)/remora image guest
+
+image: setup ## build the agent's container image, without a registry: build/remora-agent.tar
+	@$(BIN)/python scripts/agent_image.py
 
 demo: setup ## microVMs classify real photographs on the host's accelerator
 	@$(BIN)/python examples/classify/demo.py --vms $(DEMO_VMS)

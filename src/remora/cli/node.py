@@ -87,12 +87,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _install(args: argparse.Namespace) -> int:
-    from remora.kube import node_setup, services
+    from remora.kube import node_bundle, node_setup, services
     from remora.kube.node_files import Node
 
     node = Node(args.root, dry_run=args.dry_run)
     setup = node_setup.Setup(
-        config=args.config, bin_dir=args.bin_dir, containerd=not args.no_containerd, agent=not args.no_agent
+        config=args.config,
+        bin_dir=args.bin_dir,
+        containerd=not args.no_containerd,
+        agent=not args.no_agent,
+        # In the agent's image, for the node that it runs on.
+        bundle=node_bundle.load() if args.root != Path("/") else None,
     )
     node_setup.install(node, setup, restart=_restarter(args))
     if setup.agent and node.changed and _may_ask_systemd(args):

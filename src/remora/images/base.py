@@ -60,14 +60,10 @@ def debian_base(
             return store.get(name)
         except NotFoundError:
             pass  # made below
-    if shutil.which("mmdebstrap") is None:
-        raise FailedPreconditionError(
-            "mmdebstrap is not installed", fix="install the package mmdebstrap, or run make system"
-        )
     with store.adding() as adding:
         scratch = adding.scratch_dir()
         tar = scratch / "base.tar"
-        _run_mmdebstrap(scratch, tar, suite, variant, packages, progress)
+        make_base_tar(scratch, tar, suite, variant, packages, progress)
         progress(f"packing {name}", _STEPS, _STEPS)
         diff_id = add_tar(adding.layer, tar)
         config = ImageConfig(cmd=("/bin/sh",), env={"PATH": _PATH, "LANG": "C.UTF-8"})
@@ -99,9 +95,19 @@ def add_tar(add_layer: Callable[[str, Callable[[BinaryIO], object]], Path], tar:
     return diff_id
 
 
-def _run_mmdebstrap(
+def make_base_tar(
     scratch: Path, tar: Path, suite: str, variant: str, packages: tuple[str, ...], progress: Progress
 ) -> None:
+    """Have mmdebstrap write the root of these packages as `tar`; `scratch` is a directory for its own files.
+
+    Raises:
+        FailedPreconditionError: it is not installed.
+        UnavailableError: as for `debian_base`.
+    """
+    if shutil.which("mmdebstrap") is None:
+        raise FailedPreconditionError(
+            "mmdebstrap is not installed", fix="install the package mmdebstrap, or run make system"
+        )
     is_root = os.geteuid() == 0
     include = sorted({*packages, *(_MINIMAL if variant == "minimal" else ())})
     sources = []

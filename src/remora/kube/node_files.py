@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ class Record:
 
     files: dict[str, str] = field(default_factory=dict)
     directories: list[str] = field(default_factory=list)
+    #: Directories with all that is in them.
+    trees: list[str] = field(default_factory=list)
     config: str = ""
     #: The copy of containerd's configuration; empty if there was none.
     backup: str = ""
@@ -110,7 +113,7 @@ class Node:
         for file in files:
             if not (file.theirs and self.read(file.path) is not None and file.path not in record.files):
                 record.files[file.path] = _digest(file.content)
-        for path in (RECORD, *record.files):
+        for path in (RECORD, *record.files, *record.trees):
             self._note_directories(record, path)
         if not self.dry_run and self.read(RECORD) != record.to_json():
             self._put(RECORD, record.to_json(), 0o644)
@@ -148,6 +151,12 @@ class Node:
         if not self.dry_run:
             self.at(path).unlink()
         return True
+
+    def remove_tree(self, path: str) -> None:
+        if self.at(path).exists():
+            self.changes.append(Change("remove", path))
+            if not self.dry_run:
+                shutil.rmtree(self.at(path))
 
     def remove_directories(self, paths: Sequence[str]) -> None:
         """Remove those that are empty, the deepest first."""

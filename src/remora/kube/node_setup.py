@@ -17,7 +17,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from remora.errors import FailedPreconditionError, NotFoundError
-from remora.kube import containerd_config
+from remora.kube import containerd_config, node_bundle
+from remora.kube.node_bundle import Bundle
 from remora.kube.node_files import RECORD, Change, File, Node, Record
 from remora.shim import launcher
 
@@ -39,7 +40,9 @@ class Setup:
     config: str = CONTAINERD_CONFIG
     #: A directory on containerd's PATH.
     bin_dir: str = "/usr/local/bin"
-    #: The interpreter of the node's shim and agent, and where Remora's sources lie, both as the node sees them.
+    #: The shim's own environment, where the node has none: that of the image that this process runs in.
+    bundle: Bundle | None = None
+    #: The interpreter of agent and shim, and where Remora's sources lie, both as the node sees them.
     python: str = sys.executable
     source: str = str(Path(__file__).resolve().parents[2])
     containerd: bool = True
@@ -58,9 +61,13 @@ def install(node: Node, setup: Setup, *, restart: Callable[[], str]) -> None:
     """
     record = node.load() or Record()
     wanted = _wanted(setup)
+    if setup.bundle is not None:
+        record.trees += [tree for tree in node_bundle.trees(setup.bundle) if tree not in record.trees]
     config = _containerd_files(node, setup, record) if setup.containerd else []
     backup = [File(record.backup, _backup_of(node, setup))] if record.backup and config else []
     node.keep_record(record, [*wanted, *(file for file in config if file.path != setup.config)])
+    if setup.bundle is not None:
+        node_bundle.install(node, setup.bundle)
     for file in (*wanted, *backup):
         node.write(file)
     written = [node.write(file) for file in config]
@@ -99,6 +106,8 @@ def uninstall(
     drop_in = _drop_in_of(node, record)
     for path, digest in record.files.items():
         changed |= node.remove(path, digest) and path == drop_in
+    for tree in record.trees:
+        node.remove_tree(tree)
     if record.backup:
         node.remove(record.backup)
     node.remove(RECORD)
@@ -112,7 +121,11 @@ def _wanted(setup: Setup) -> list[File]:
     wanted = [File(SETTINGS, settings, theirs=True)]
     if setup.containerd:
         shim = posixpath.join(setup.bin_dir, launcher.NAME)
-        wanted.append(File(shim, launcher.program(setup.python, setup.source).encode(), 0o755))
+        bundle = setup.bundle
+        program = launcher.program(setup.python, setup.source) if bundle is None else node_bundle.shim(bundle)
+        wanted.append(File(shim, program.encode(), 0o755))
+        if bundle is not None:
+            wanted.append(node_bundle.guest_note(bundle))
     if setup.agent:
         wanted.append(
             File(AGENT_CONFIG, b"# Limits and rules; every key and its default: docs/agent.md\n", theirs=True)

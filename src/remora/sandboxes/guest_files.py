@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 Progress = Callable[[str, float], None]
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class GuestFiles(NamedTuple):
@@ -30,7 +31,7 @@ def guest_files(state_dir: Path, progress: Progress | None = None) -> GuestFiles
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(_note(state_dir).read_text())
         files = GuestFiles(*(Path(kept[name]) for name in GuestFiles._fields))
-        if kept["fingerprint"] == _fingerprint() and all(file.is_file() for file in files):
+        if kept["fingerprint"] == fingerprint_of() and all(file.is_file() for file in files):
             return files
     return renew_guest_files(state_dir, progress)
 
@@ -39,22 +40,27 @@ def renew_guest_files(state_dir: Path, progress: Progress | None = None, *, forc
     """Build the guest OS image if sources or packages have changed (or if `force`); the next microVM boots it."""
     from remora.images.guest_os import build_guest_image
 
-    fingerprint = _fingerprint()
+    fingerprint = fingerprint_of()
     image = build_guest_image(state_dir, force=force, progress=progress)
     files = GuestFiles(image.kernel, image.initrd, image.disk)
     note = _note(state_dir)
     draft = note.with_name(f".current.{os.getpid()}")
-    draft.write_text(json.dumps({"fingerprint": fingerprint, **{k: str(v) for k, v in files._asdict().items()}}))
+    draft.write_text(note_text(files, fingerprint))
     draft.replace(note)
     return files
+
+
+def note_text(files: GuestFiles, fingerprint: str) -> str:
+    """Return what `guest/current.json` says where this image belongs to sources of that fingerprint."""
+    return json.dumps({"fingerprint": fingerprint, **{k: str(v) for k, v in files._asdict().items()}})
 
 
 def _note(state_dir: Path) -> Path:
     return state_dir / "guest" / "current.json"
 
 
-def _fingerprint() -> str:
-    package = Path(__file__).resolve().parent.parent
+def fingerprint_of(package: Path = _PACKAGE) -> str:
+    """Return what changes with the sources of a `remora` package that an image was made from."""
     state = hashlib.sha256()
     for folder in ("", "wire", "client", "guest", "images"):
         for entry in sorted(os.scandir(package / folder), key=lambda entry: entry.name):
