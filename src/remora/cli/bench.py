@@ -27,10 +27,11 @@ def run(args: argparse.Namespace) -> int:
 
     plan = Plan.quick() if args.quick else Plan()
     errors = Console(stderr=True)
+    host = describe_host()  # before: its load is what others did
     with Progress(console=errors, disable=not errors.is_terminal, transient=True) as progress:
         task = progress.add_task("measuring", total=plan.steps)
         results = measure(plan, lambda: progress.advance(task))
-    report = {"host": describe_host(), "quick": args.quick, "results": results}
+    report = {"host": host, "quick": args.quick, "results": results}
     text = json.dumps(report, indent=2)
     if args.output:
         args.output.write_text(text + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remora.agent.scheduler import FairScheduler
@@ -46,6 +46,7 @@ class Bench:
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
+@settings(deadline=None)
 @given(costs=st.tuples(st.integers(2000, 20000), st.integers(2000, 20000)), slots=st.integers(1, 3))
 def test_device_time_follows_weights(weight: float, costs: tuple[int, int], slots: int) -> None:
     bench = Bench(slots)
@@ -61,6 +62,7 @@ def test_device_time_follows_weights(weight: float, costs: tuple[int, int], slot
     assert bench.used["a"] / bench.used["b"] == pytest.approx(weight, rel=0.05)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10), st.integers(2, 20))
 def test_no_priority_starves_anyone(priority: int, depth: int) -> None:
     bench = Bench()
@@ -156,6 +158,7 @@ _STEP = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(_STEP, max_size=80), st.integers(1, 3))
 def test_with_caps_and_cancelling_anywhere_every_request_ends_once(
     steps: list[tuple[str, str | int, int]], slots: int
