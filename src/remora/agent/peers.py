@@ -8,14 +8,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from remora.agent.execution import Run
+from remora.agent.hints import with_retry
 from remora.agent.identity import Identity
 from remora.agent.policy import Limits
 from remora.agent.sessions import Session
 from remora.errors import RemoraError, ResourceExhaustedError
 from remora.workers.contract import Block, Region
+from remora.workers.settings import machine_memory_bytes
 
 if TYPE_CHECKING:
     from remora.agent.doors.inference import Form
@@ -93,22 +96,20 @@ class Peer:
 class _CountedBlock:
     """A block of a tenant's shared memory that counts against the tenant's bytes in flight."""
 
-    __slots__ = ("_block", "_in_flight", "_tenant", "view")
+    __slots__ = ("_block", "_count", "_tenant", "view")
 
-    def __init__(self, block: Block, in_flight: Counter[str], tenant: str) -> None:
+    def __init__(self, block: Block, count: Callable[[str, int], None], tenant: str) -> None:
         self._block: Block | None = block
-        self._in_flight = in_flight
+        self._count = count
         self._tenant = tenant
         self.view = block.view
-        in_flight[tenant] += len(block.view)
+        count(tenant, len(block.view))
 
     def release(self) -> None:
         block, self._block = self._block, None
         if block is None:
             return
-        self._in_flight[self._tenant] -= len(self.view)
-        if not self._in_flight[self._tenant]:
-            del self._in_flight[self._tenant]
+        self._count(self._tenant, -len(self.view))
         self.view = memoryview(b"")
         block.release()
 
@@ -138,6 +139,8 @@ class Peers:
         self._peers: set[Peer] = set()
         self.per_tenant: Counter[str] = Counter()
         self.in_flight_bytes: Counter[str] = Counter()
+        self._all_in_flight_bytes = 0
+        self._most_in_flight_bytes = limits.in_flight_bytes or machine_memory_bytes() // 4
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -189,26 +192,57 @@ class Peers:
     def of_key(self, key: str) -> list[Peer]:
         return [peer for peer in self._peers if peer.identity.key == key]
 
+    def _count(self, tenant: str, size_bytes: int) -> None:
+        self._all_in_flight_bytes += size_bytes
+        self.in_flight_bytes[tenant] += size_bytes
+        if not self.in_flight_bytes[tenant]:
+            del self.in_flight_bytes[tenant]
+
+    def _check_bytes(self, tenant: str, size_bytes: int) -> None:
+        used, most = self.in_flight_bytes.get(tenant, 0), self._limits.in_flight_bytes_per_tenant
+        if used + size_bytes > most:
+            raise ResourceExhaustedError(
+                f"a message of {size_bytes} bytes does not fit: this tenant has {used} of "
+                f"{most} bytes in flight (limits.in_flight_bytes_per_tenant)",
+                fix="wait for answers before sending more",
+            )
+        # The second half of the node's memory for messages is for those who have less than their share of the first.
+        total, most = self._all_in_flight_bytes + size_bytes, self._most_in_flight_bytes
+        share = most // 2 // (len(self.in_flight_bytes) + (tenant not in self.in_flight_bytes))
+        if total > most or (total > most // 2 and used + size_bytes > share):
+            raise with_retry(
+                ResourceExhaustedError(
+                    f"a message of {size_bytes} bytes does not fit: all tenants have {total - size_bytes} of {most} "
+                    f"bytes in flight, this one {used} (limits.in_flight_bytes)",
+                    fix="wait for answers before sending more",
+                ),
+                0.1,
+            )
+
+    def hold(self, tenant: str, size_bytes: int) -> Callable[[], None]:
+        """Count the bytes of an answer that lies in the agent's own memory; returns what to call once they are sent.
+
+        Raises:
+            ResourceExhaustedError: the tenant, or all of them, have too many bytes in flight.
+        """
+        self._check_bytes(tenant, size_bytes)
+        self._count(tenant, size_bytes)
+        return partial(self._count, tenant, -size_bytes)
+
     def allocate(self, tenant: str, size_bytes: int) -> _CountedBlock:
         """Return memory for one incoming message.
 
         Raises:
-            ResourceExhaustedError: the tenant has too many bytes in flight, or its shared memory is full.
+            ResourceExhaustedError: as `hold`, or the tenant's shared memory is full.
         """
-        used = self.in_flight_bytes[tenant]
-        if used + size_bytes > self._limits.in_flight_bytes_per_tenant:
-            raise ResourceExhaustedError(
-                f"a message of {size_bytes} bytes does not fit: this tenant has {used} of "
-                f"{self._limits.in_flight_bytes_per_tenant} bytes in flight (limits.in_flight_bytes_per_tenant)",
-                fix="wait for answers before sending more",
-            )
+        self._check_bytes(tenant, size_bytes)
         try:
             block = self._allocate(tenant, size_bytes)
         except RemoraError:
             if not self._reclaim(tenant):
                 raise
             block = self._allocate(tenant, size_bytes)
-        return _CountedBlock(block, self.in_flight_bytes, tenant)
+        return _CountedBlock(block, self._count, tenant)
 
     def sweep(self) -> list[tuple[Peer, str]]:
         """Return the connections to give up, each with the limit that says so; called now and then."""

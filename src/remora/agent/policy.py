@@ -31,11 +31,13 @@ class Limits:
     sessions_per_tenant: int = 1024
     #: Largest message body a client may send.
     message_bytes: int = 64 * MIB
-    #: Longest JSON text of a request (Open Inference Protocol), and four bytes for each number of an answer's. Parsing
-    #: takes up to ten times its length in memory, and the agent's time.
+    #: Longest JSON text of a request or an answer (Open Inference Protocol). Parsing takes up to ten times its length
+    #: in memory, and the agent's time.
     json_bytes: int = 4 * MIB
     #: Bodies that were received for a tenant and are not answered yet.
     in_flight_bytes_per_tenant: int = 256 * MIB
+    #: The same of all tenants together; 0: a quarter of the machine's memory. Past half of it shares are equal.
+    in_flight_bytes: int = 0
     #: Memory shared with clients of this host, whose tensors then cross no socket; 0: none.
     shared_bytes_per_connection: int = 64 * MIB
     shared_bytes_per_tenant: int = 512 * MIB
@@ -107,6 +109,7 @@ _LEAST: dict[str, int] = {
     "message_bytes": 4 * MIB,
     "out_bytes_per_connection": 4 * KIB,
     "send_buffer_bytes": 4 * KIB,
+    "in_flight_bytes": 0,
     "shared_bytes_per_connection": 0,
     "shared_bytes_per_tenant": 0,
     "standby": 0,

@@ -312,9 +312,12 @@ class Domain:
 
     def _assign(self, process: WorkerProcess) -> None:
         self._failed_starts = 0
-        memory = self._settings.shared_memory_bytes if self._shared else self._settings.tenant_memory_bytes
-        device, threads = self._settings.device, self.slots
-        process.bound(memory, 0.0 if self._shared else self._settings.tenant_cpus)
+        settings, device, threads = self._settings, self._settings.device, self.slots
+        memory = settings.shared_memory_bytes if self._shared else settings.tenant_memory_bytes
+        if self._shared:
+            process.bound(settings.shared_bound_bytes, 0.0)
+        else:
+            process.bound(memory, settings.tenant_cpus)
         process.tell({"t": "assign", "memory": memory, "threads": threads, "device": device})
         self._advance()
 

@@ -67,6 +67,15 @@ class WorkerSettings:
     backoff_first_s: float = 0.1
     backoff_most_s: float = 5.0
 
+    @property
+    def shared_bound_bytes(self) -> int:
+        """What the kernel keeps the worker of the catalogue's models to, where there are control groups.
+
+        A guest's picture or an open dimension may make a model take more than the machine has: then its worker ends,
+        and not what the kernel would choose.
+        """
+        return self.shared_memory_bytes or machine_memory_bytes() // 4 * 3
+
     def budget_bytes(self, device: str) -> int:
         """Return what models may take on a device; 0: no bound."""
         return self.device_memory_bytes or (machine_memory_bytes() // 2 if device == "cpu" else 0)

@@ -164,3 +164,16 @@ def test_parameters_mean_what_they_say_or_are_refused() -> None:
     with pytest.raises(UnimplementedError):
         values.refuse_classification("x", {"classification": 3})
     values.refuse_classification("x", {"classification": 0})
+
+
+def test_how_long_json_will_be_is_not_underestimated() -> None:
+    for dtype, code, value in (
+        ("float32", "f", -0.1),
+        ("uint8", "B", 255),
+        ("int32", "i", -(2**31)),
+        ("bool", "?", False),
+    ):
+        data = struct.pack(f"<100{code}", *[value] * 100)
+        view = TensorView("out", dtype, (100,), memoryview(data))
+        text = json.dumps(values.unpack(view, 1 << 20))
+        assert len(text) - 2 <= values.json_length(view) + 200

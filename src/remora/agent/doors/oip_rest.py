@@ -7,6 +7,7 @@ stock client may ask that is not here is refused by its name.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from remora.agent.doors import oip, oip_values
 from remora.agent.doors.calls import as_remora_error
 from remora.agent.doors.oip_inputs import read_request
 from remora.agent.peers import Peer
-from remora.agent.web.exchange import Piece
+from remora.agent.web.exchange import ALLOCATE_BYTES, Piece
 from remora.agent.web.http1 import JSON, Http1Exchange, error_headers
 from remora.errors import InvalidArgumentError, NotFoundError, RemoraError, UnavailableError, UnimplementedError
 from remora.workers.contract import TensorView
@@ -41,6 +42,8 @@ _NOT_OFFERED = {
 }
 
 Handler = Callable[[Peer, Http1Exchange], None]
+#: Reading or writing JSON for so long is on the house.
+_FREE_S = 0.002
 
 
 class RestDoor:
@@ -182,7 +185,9 @@ class RestDoor:
 
     def _infer(self, peer: Peer, exchange: Http1Exchange, model: str, version: str) -> None:
         operations.check_model(model)
+        began_s = time.monotonic()
         request = read_request(exchange, self._core.limits.json_bytes)
+        self._charge(peer, began_s)
         asked = oip.Inference(model, version, request.inputs, request.outputs, request.timeout_s)
 
         def reply(answer: Answer) -> None:
@@ -190,25 +195,48 @@ class RestDoor:
             if request.id is not None:
                 head["id"] = request.id
             pieces: list[Piece] = []
-            head["outputs"] = [
-                self._output(tensor, pieces if request.wants_binary(tensor.name) else None)
-                for tensor in answer.result.outputs
-            ]
+            began_s = time.monotonic()
+            left = self._core.limits.json_bytes
+            head["outputs"] = outputs = []
+            for tensor in answer.result.outputs:
+                binary = request.wants_binary(tensor.name)
+                outputs.append(self._output(tensor, pieces if binary else None, left))
+                left -= 0 if binary else oip_values.json_length(tensor)
             text = json.dumps(head).encode()
+            self._charge(peer, began_s)
+            sent = self._held(peer, len(text), answer.drop)
             headers: Mapping[str, str] = {"Content-Type": JSON}
             if pieces:
                 headers = {"Content-Type": _OCTETS, _TENSORS_AT: str(len(text))}
             self._core.metrics.answered(NAME, exchange.method, peer.identity.tenant, "OK")
-            exchange.respond(200, [text, *pieces], headers=headers, on_sent=answer.drop)
+            exchange.respond(200, [text, *pieces], headers=headers, on_sent=sent)
 
         self._inferences.infer(peer, exchange, asked, reply, lambda error: self._fail(peer, exchange, error, model))
 
-    def _output(self, tensor: TensorView, binary: list[Piece] | None) -> dict[str, Any]:
+    def _charge(self, peer: Peer, since_s: float) -> None:
+        """Long text takes the agent's time, which everybody shares."""
+        used_s = time.monotonic() - since_s
+        if used_s > _FREE_S:
+            self._core.charge(peer.identity.key, peer.identity.tenant, used_s)
+
+    def _held(self, peer: Peer, size: int, on_sent: Callable[[], None]) -> Callable[[], None]:
+        """Count a long text against what its tenant may have in flight until it is sent: its reader may be slow."""
+        if size < ALLOCATE_BYTES:
+            return on_sent
+        release = self._core.peers.hold(peer.identity.tenant, size)
+
+        def sent() -> None:
+            release()
+            on_sent()
+
+        return sent
+
+    def _output(self, tensor: TensorView, binary: list[Piece] | None, json_bytes: int) -> dict[str, Any]:
         """Return an output as JSON describes it; its bytes go into `binary`, if that is there."""
         datatype = oip_values.DATATYPES.get(tensor.dtype, tensor.dtype.upper())
         value: dict[str, Any] = {"name": tensor.name, "datatype": datatype, "shape": list(tensor.shape)}
         if binary is None:
-            value["data"] = oip_values.unpack(tensor, self._core.limits.json_bytes)
+            value["data"] = oip_values.unpack(tensor, json_bytes)
         else:
             value["parameters"] = {"binary_data_size": len(tensor.data)}
             binary.append(tensor.data)

@@ -49,6 +49,8 @@ _CODES: dict[str, tuple[str, frozenset[type]]] = {
     "FP32": ("f", frozenset((int, float))),
     "FP64": ("d", frozenset((int, float))),
 }
+#: Bytes of an element's JSON with what separates it, where it is less than 20.
+_LENGTHS = {"bool": 7, "uint8": 5, "int8": 6, "uint16": 7, "int16": 8, "uint32": 12, "int32": 13}
 _CONTENTS = {
     "BOOL": "bool_contents",
     "UINT8": "uint_contents",
@@ -182,8 +184,16 @@ def _packed(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any
         raise InvalidArgumentError(f"tensor {name[:40]!r} has elements out of the range of {datatype}") from error
 
 
+def json_length(tensor: TensorView) -> int:
+    """Return about how long a tensor's elements are as JSON."""
+    return prod(tensor.shape) * _LENGTHS.get(tensor.dtype, 20)
+
+
 def unpack(tensor: TensorView, max_bytes: int) -> list[Any]:
     """Return a tensor's elements for JSON.
+
+    Args:
+        max_bytes: How long their text may be.
 
     Raises:
         InvalidArgumentError: they have no JSON form.
@@ -196,10 +206,11 @@ def unpack(tensor: TensorView, max_bytes: int) -> list[Any]:
             fix="ask for binary_data",
         )
     code = _CODES[datatype][0]
-    count = prod(tensor.shape)
-    if count * 4 > max_bytes:
+    count, length = prod(tensor.shape), json_length(tensor)
+    if length > max_bytes:
         raise ResourceExhaustedError(
-            f"output {tensor.name!r} has {count} elements, {max_bytes // 4} may be sent as JSON (limits.json_bytes)",
+            f"output {tensor.name!r} has {count} elements, about {length} bytes of JSON, and {max(0, max_bytes)} are "
+            "left for them (limits.json_bytes)",
             fix="ask for binary_data",
         )
     values = list(struct.unpack(f"<{count}{code}", tensor.data))

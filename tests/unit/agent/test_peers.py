@@ -1,0 +1,47 @@
+"""Bytes in flight: of a tenant, of all, and the shares of those who come when there is little room."""
+
+from __future__ import annotations
+
+import pytest
+
+from fake_workers import FakeWorkers
+from remora.agent.peers import Peers
+from remora.agent.policy import Limits
+from remora.errors import ResourceExhaustedError
+
+
+def peers(**limits: int) -> Peers:
+    workers = FakeWorkers(arena_bytes=1 << 30)
+    return Peers(Limits(**limits), workers.allocate, lambda _tenant: False, lambda _peer: None)
+
+
+def test_a_tenant_may_not_have_more_in_flight_than_its_limit() -> None:
+    found = peers(in_flight_bytes_per_tenant=100)
+    block = found.allocate("a", 60)
+    with pytest.raises(ResourceExhaustedError, match="in_flight_bytes_per_tenant"):
+        found.allocate("a", 41)
+    with pytest.raises(ResourceExhaustedError, match="in_flight_bytes_per_tenant"):
+        found.hold("a", 41)
+    block.release()
+    sent = found.hold("a", 100)
+    sent()
+    assert not found.in_flight_bytes
+
+
+def test_many_tenants_together_cannot_fill_the_machine_and_each_keeps_a_share() -> None:
+    found = peers(in_flight_bytes_per_tenant=100, in_flight_bytes=400)
+    for name in ("a", "b"):
+        found.allocate(name, 100)
+    with pytest.raises(ResourceExhaustedError, match=r"limits\.in_flight_bytes\).*try again"):
+        found.allocate("c", 90)  # more than a third of half
+    for name in ("c", "d", "e", "f"):
+        found.allocate(name, 30)
+    with pytest.raises(ResourceExhaustedError, match=r"limits\.in_flight_bytes"):
+        found.allocate("a", 1)
+    total = sum(found.in_flight_bytes.values())
+    number = 0
+    with pytest.raises(ResourceExhaustedError):
+        while True:
+            found.allocate(f"more{number}", 5)
+            number += 1
+    assert total <= sum(found.in_flight_bytes.values()) <= 400
