@@ -24,7 +24,15 @@ def run(args: argparse.Namespace) -> int:
 
     from remora.bench.host import describe_host
     from remora.bench.measures import Plan, measure
+    from remora.errors import InvalidArgumentError
 
+    if args.output:  # before minutes of measuring
+        try:
+            args.output.open("a").close()
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"{args.output} cannot be written: {error.strerror}", fix="give another --output"
+            ) from error
     plan = Plan.quick() if args.quick else Plan()
     errors = Console(stderr=True)
     host = describe_host()  # before: its load is what others did

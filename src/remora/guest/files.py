@@ -6,6 +6,7 @@ What the host sends was read from the host's disk, so a path is checked here onc
 from __future__ import annotations
 
 import os
+import stat
 
 from remora.errors import InvalidArgumentError, NotFoundError
 from remora.guest import system
@@ -31,18 +32,24 @@ def put(request: PutFilesRequest) -> None:
 
 
 def get(volume: str, path: str, limit: int) -> bytes:
-    """Return the last `limit` bytes of a file.
+    """Return the last `limit` bytes of a file, which a container may have put anything in place of.
 
     Raises:
         NotFoundError: there is no such file.
+        InvalidArgumentError: it is no file: to open a pipe, or what a link leads to, could take for ever.
     """
     try:
-        with open(f"{_volume(volume)}/{_inside(path)}", "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - limit))
-            return file.read(limit)
+        fd = os.open(f"{_volume(volume)}/{_inside(path)}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise NotFoundError(f"the volume {volume} has no file {path!r}") from error
+    except OSError as error:
+        raise InvalidArgumentError(f"{path!r} in the volume {volume} cannot be read: {error.strerror}") from error
+    with open(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise InvalidArgumentError(f"{path!r} in the volume {volume} is no file")
+        file.seek(max(0, info.st_size - limit))
+        return file.read(limit)
 
 
 def take_text(path: str) -> str:

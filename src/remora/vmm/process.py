@@ -135,8 +135,10 @@ class MonitorProcess:
 
     def console_text(self) -> str:
         text = b"".join(self._console_tail).decode("utf-8", "replace")
-        # SeaBIOS clears the screen by escape sequences; nobody wants them in an error message.
-        return re.sub(r"\x1b(\[[0-9;=?]*[a-zA-Z]|c)", "", text).replace("\r", "")
+        # SeaBIOS clears the screen by escape sequences, and a guest may write any: whoever reads an error message has a
+        # terminal that would obey them.
+        text = re.sub(r"\x1b(\[[0-9;=?]*[a-zA-Z]|c)", "", text)
+        return "".join(one for one in text if one.isprintable() or one in "\n\t")
 
     def kill(self) -> None:
         if self._ended is None:

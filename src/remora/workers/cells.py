@@ -59,11 +59,7 @@ class Cell:
     def verdict(self) -> str:
         """Return why the kernel ended the worker, if it was for one of the bounds."""
         out = self._group is not None and self._group.out_of_memory()
-        return (
-            "it used more memory than it may (workers.tenant_memory_bytes, of the catalogue's models workers.shared_memory_bytes)"
-            if out
-            else ""
-        )
+        return "it used more memory than it may (workers.tenant_memory_bytes or shared_memory_bytes)" if out else ""
 
     def remove(self) -> bool:
         """Remove the groups; False while processes are left in them."""
