@@ -44,12 +44,13 @@ def get(volume: str, path: str, limit: int) -> bytes:
         raise NotFoundError(f"the volume {volume} has no file {path!r}") from error
     except OSError as error:
         raise InvalidArgumentError(f"{path!r} in the volume {volume} cannot be read: {error.strerror}") from error
-    with open(fd, "rb") as file:
+    try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise InvalidArgumentError(f"{path!r} in the volume {volume} is no file")
-        file.seek(max(0, info.st_size - limit))
-        return file.read(limit)
+        return os.pread(fd, limit, max(0, info.st_size - limit))
+    finally:
+        os.close(fd)
 
 
 def take_text(path: str) -> str:
