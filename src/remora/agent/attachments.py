@@ -4,6 +4,7 @@ A sandbox is reached through a socket in its directory, or by its vsock CID wher
 
 An attachment outlives the agent: it is written down before it is acknowledged, and taken up again by the next agent if
 the sandbox's directory is still there. A directory that vanishes ends its attachment; a CID stays until it is detached.
+Sandboxes that the agent found by itself (`fleets`) are only noted: the next agent finds them again, or ends them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from remora.agent.addresses import MAX_SOCKET_PATH, parse_address
+from remora.agent.hybrid import HybridSocket
 from remora.agent.identity import Identity, check_private_directory, of_sandbox
 from remora.agent.inherited import Inherited
 from remora.agent.journal import Journal
-from remora.agent.listeners import Listener
+from remora.agent.listeners import Listener, SocketFile
 from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError
 from remora.reactor import Reactor
 from remora.wire.ports import OIP_PORT, PORT
@@ -46,10 +49,26 @@ class Attachment:
     #: The guest's vsock CID; 0 for none.
     cid: int = 0
     requests: int = 0
+    #: Found by the agent itself, not attached by whoever runs it.
+    found: bool = False
+    #: Where a found one's monitor has its vsock; None for one that is known by its CID alone.
+    hybrid: HybridSocket | None = None
+
+    def here(self) -> bool:
+        """True if its directory, where it has one, still is the same."""
+        if self.directory is None:
+            return True
+        try:
+            found = self.directory.lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self.place
 
     def close(self) -> None:
         for listener in self.listeners:
             listener.close()
+        if self.hybrid is not None:
+            self.hybrid.close()
 
 
 class Attachments:
@@ -62,11 +81,14 @@ class Attachments:
         on_connection: Callable[[Attachment, socket.socket], None],
         on_detached: Callable[[Identity, bool], None],
         inherited: Inherited,
+        refuse: Callable[[Attachment, socket.socket, RemoraError], None],
     ) -> None:
         """
         Args:
             on_detached: Called with the identity and whether its sessions are kept, after the socket is gone.
+            refuse: Tells a connection why it is not served, and closes it.
         """
+        self._refuse = refuse
         self._reactor = reactor
         self._journal = journal
         self._on_connection = on_connection
@@ -151,7 +173,53 @@ class Attachments:
             done=done,
         )
 
-    def _serve(self, identity: Identity, tenant: str, directory: str, cid: int) -> None:
+    def attach_found(self, identity: Identity, tenant: str, path: Path | None, cid: int) -> None:
+        """Serve a sandbox that the agent has found: by its monitor's hybrid socket, or by its CID.
+
+        Raises as `attach`, and as `HybridSocket`.
+        """
+        if identity.sandbox in self._by_sandbox:
+            raise AlreadyExistsError(f"a sandbox {identity.sandbox} is attached already", fix="detach it first")
+        self._check_cid(cid)
+        attachment = Attachment(identity, tenant, cid=cid, found=True)
+        if path is not None:
+            self._listen_beside(attachment, path)
+        self._add(attachment)
+        self._journal.write(("INSERT OR REPLACE INTO found_sandboxes VALUES (?,?)", (identity.sandbox, tenant)))
+
+    def recover_found(self) -> list[str]:
+        """End the sandboxes that the last agent found and this one has not; return their names."""
+        rows = self._journal.rows("SELECT sandbox, tenant FROM found_sandboxes")
+        gone = [(sandbox, tenant) for sandbox, tenant in rows if sandbox not in self._by_sandbox]
+        for sandbox, tenant in gone:
+            self._journal.write(*_forget(sandbox))
+            self._on_detached(of_sandbox(sandbox, tenant, {}, "", False), False)
+        return [sandbox for sandbox, _tenant in gone]
+
+    def _listen_beside(self, attachment: Attachment, path: Path) -> None:
+        hybrid = attachment.hybrid = HybridSocket(path)
+        attachment.directory, attachment.place = path.parent, hybrid.place
+
+        def checked(serve: Callable[[Attachment, socket.socket], None], connection: socket.socket) -> None:
+            try:
+                hybrid.check_peer(connection)
+            except RemoraError as error:
+                self._refuse(attachment, connection, error)
+                return
+            serve(attachment, connection)
+
+        try:
+            doors = {PORT: self._on_connection, **({OIP_PORT: self.on_oip} if self.on_oip is not None else {})}
+            for port, serve in doors.items():
+                sock, file, address = hybrid.listen(port, self._inherited)
+                attachment.listeners.append(
+                    Listener(self._reactor, sock, partial(checked, serve), file, address=address)
+                )
+        except RemoraError:
+            attachment.close()
+            raise
+
+    def _check_cid(self, cid: int) -> None:
         if cid and not _LEAST_CID <= cid <= _MOST_CID:
             raise InvalidArgumentError(
                 f"{cid} is not a guest's CID", fix=f"guests have {_LEAST_CID} to {_MOST_CID}; 0 is none"
@@ -160,15 +228,21 @@ class Attachments:
             raise AlreadyExistsError(
                 f"CID {cid} belongs to sandbox {self._by_cid[cid].identity.sandbox}", fix="detach that one first"
             )
+
+    def _add(self, attachment: Attachment) -> None:
+        self._by_sandbox[attachment.identity.sandbox] = attachment
+        if attachment.cid:
+            self._by_cid[attachment.cid] = attachment
+        self.on_attached(attachment.identity)
+
+    def _serve(self, identity: Identity, tenant: str, directory: str, cid: int) -> None:
+        self._check_cid(cid)
         if not directory and not cid:
             raise InvalidArgumentError("the sandbox has neither a directory nor a CID", fix="give one of them")
         attachment = Attachment(identity, tenant, cid=cid)
         if directory:
             self._listen(attachment, Path(directory))
-        self._by_sandbox[identity.sandbox] = attachment
-        if cid:
-            self._by_cid[cid] = attachment
-        self.on_attached(identity)
+        self._add(attachment)
 
     def _listen(self, attachment: Attachment, directory: Path) -> None:
         place = check_private_directory(directory)
@@ -188,7 +262,7 @@ class Attachments:
             )
         address = parse_address(f"unix://{path}")
         sock, kept = self._inherited.bind(address, _MODE)
-        own = None if kept else path
+        own = None if kept else SocketFile(path)
         attachment.listeners.append(
             Listener(self._reactor, sock, lambda connection: serve(attachment, connection), own, address=address.text)
         )
@@ -210,14 +284,7 @@ class Attachments:
         """Detach the sandboxes whose directory has vanished; return their names."""
         gone = []
         for sandbox, attachment in list(self._by_sandbox.items()):
-            if attachment.directory is None:
-                continue
-            try:
-                found = attachment.directory.lstat()
-                here = (found.st_dev, found.st_ino) == attachment.place
-            except OSError:
-                here = False
-            if not here:
+            if not attachment.here():
                 gone.append(sandbox)
                 self.detach(sandbox, attachment.identity.template, _ignore)
         return gone
@@ -235,6 +302,7 @@ def _forget(sandbox: str) -> tuple[tuple[str, tuple[str]], ...]:
     return (
         ("DELETE FROM attachments WHERE sandbox=?", (sandbox,)),
         ("DELETE FROM attachment_cids WHERE sandbox=?", (sandbox,)),
+        ("DELETE FROM found_sandboxes WHERE sandbox=?", (sandbox,)),
     )
 
 

@@ -42,10 +42,11 @@ class Inherited:
 
         Raises as `listeners.bind`.
         """
-        sock = self._take(address)
+        sock = self.take(address)
         return (bind(address, mode), False) if sock is None else (sock, self.kept)
 
-    def _take(self, address: Address) -> socket.socket | None:
+    def take(self, address: Address) -> socket.socket | None:
+        """Return the socket that listens at an address, if it is among these."""
         for index, (text, sock) in enumerate(self._sockets):
             if text == address.text:
                 del self._sockets[index]
@@ -58,10 +59,11 @@ class Inherited:
 
     def close(self) -> None:
         """Close what nobody has taken, and remove the files of those, unless they are somebody else's."""
-        for address, (_text, sock) in zip(self.addresses(), self._sockets, strict=True):
+        for text, sock in self._sockets:
             sock.close()
-            if address.path is not None and not self.kept:
-                address.path.unlink(missing_ok=True)
+            _, is_path, path = text.partition("unix:///")  # not parsed: it may be longer than an address of our own
+            if is_path and not self.kept:
+                Path("/", path).unlink(missing_ok=True)
         self._sockets.clear()
 
 

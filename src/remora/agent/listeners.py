@@ -60,13 +60,22 @@ def bind_unix(path: Path, mode: int) -> socket.socket:
         PermissionDeniedError, FailedPreconditionError: the path cannot be made.
     """
     _remove_stale(path)
+    sock = listen_unix(os.fspath(path), mode, path)
+    path.chmod(mode)  # whatever the umask has taken from it
+    return sock
+
+
+def listen_unix(name: str, mode: int, path: Path) -> socket.socket:
+    """Listen on a new Unix socket by a name that leads to `path`, with `mode` less the umask.
+
+    Raises as `bind_unix`.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         # The file gets the socket's own mode, less the umask (unix_bind in Linux); changing the umask for a moment
         # would change it for the disk threads, too.
         os.fchmod(sock.fileno(), mode)
-        sock.bind(os.fspath(path))
-        path.chmod(mode)
+        sock.bind(name)
     except PermissionError as error:
         sock.close()
         raise PermissionDeniedError(
@@ -180,11 +189,32 @@ def bind_tcp(address: Address) -> socket.socket:
     return sock
 
 
+class SocketFile:
+    """The file of a listening socket: removed once, if it still is the same.
+
+    Args:
+        path: Where it is; in the directory that `directory` is a descriptor of, if that is given.
+    """
+
+    def __init__(self, path: Path, directory: int | None = None) -> None:
+        self._path = path
+        self._directory = directory
+        self._inode = self._stat().st_ino
+
+    def _stat(self) -> os.stat_result:
+        return os.stat(self._path, dir_fd=self._directory, follow_symlinks=False)
+
+    def remove(self) -> None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if self._stat().st_ino == self._inode:
+                os.unlink(self._path, dir_fd=self._directory)
+
+
 class Listener:
     """An accept loop on the reactor. Owns its socket and, for a Unix socket, the file.
 
     Args:
-        path: The socket's file, removed at the end; None to leave it.
+        file: The socket's file, removed at the end; None to leave it.
         address: How a successor asks for this socket (`inherited`).
         kept: Somebody else keeps the socket open when this process ends.
     """
@@ -194,7 +224,7 @@ class Listener:
         reactor: Reactor,
         sock: socket.socket,
         on_connection: Callable[[socket.socket], None],
-        path: Path | None = None,
+        file: SocketFile | None = None,
         *,
         address: str = "",
         kept: bool = False,
@@ -206,8 +236,7 @@ class Listener:
         self._reactor = reactor
         self._sock = sock
         self._on_connection = on_connection
-        self._path = path
-        self._inode = path.lstat().st_ino if path is not None else 0
+        self._file = file
         self._closed = self._paused = self._quiet = False
         reactor.register(sock.fileno(), READ, self._accept)
 
@@ -273,7 +302,5 @@ class Listener:
         self._closed = True
         self._reactor.unregister(self._sock.fileno())
         self._sock.close()
-        if self._path is not None and not self.handed_over:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                if self._path.lstat().st_ino == self._inode:
-                    self._path.unlink()
+        if self._file is not None and not self.handed_over:
+            self._file.remove()

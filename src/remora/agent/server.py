@@ -25,7 +25,7 @@ from remora.agent.exposition import CONTENT_TYPE
 from remora.agent.http import HttpServer
 from remora.agent.identity import Identity
 from remora.agent.inherited import Inherited
-from remora.agent.listeners import Listener
+from remora.agent.listeners import Listener, SocketFile
 from remora.agent.logs import Log
 from remora.agent.peer_process import peer_uid
 from remora.agent.peers import Peer
@@ -97,7 +97,7 @@ class Agent:
         self._inherited = inherited
         self.metrics_address = ""
         self.attachments = Attachments(
-            reactor, self.core.journal, self._attached_connection, self.core.end_identity, inherited
+            reactor, self.core.journal, self._attached_connection, self.core.end_identity, inherited, self._refuse_guest
         )
         self.attachments.on_attached = self.core.metrics.pods.note
         self._callers = Callers(PodFiles(pods), self.attachments.of_cid)
@@ -178,8 +178,8 @@ class Agent:
 
     def _listen(self, address: Address, mode: int, on_connection: Callable[[socket.socket], None]) -> Listener:
         sock, kept = self._inherited.bind(address, mode)
-        path = None if kept else address.path
-        listener = Listener(self._reactor, sock, on_connection, path, address=address.text, kept=kept)
+        file = SocketFile(address.path) if address.path is not None and not kept else None
+        listener = Listener(self._reactor, sock, on_connection, file, address=address.text, kept=kept)
         self._listeners.append(listener)
         return listener
 
@@ -272,6 +272,9 @@ class Agent:
 
     def _attached_oip(self, attachment: Attachment, sock: socket.socket) -> None:
         self._oip_connection(sock, attachment.identity, attachment)
+
+    def _refuse_guest(self, attachment: Attachment, sock: socket.socket, error: RemoraError) -> None:
+        self._refuse(sock, attachment.identity, error)
 
     def _attached_connection(self, attachment: Attachment, sock: socket.socket) -> None:
         self._connection(sock, attachment.identity, attachment)

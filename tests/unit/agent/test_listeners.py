@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from remora.agent.listeners import Listener, bind_unix
+from remora.agent.listeners import Listener, SocketFile, bind_unix
 from remora.errors import AlreadyExistsError, FailedPreconditionError
 from remora.reactor import Reactor
 
@@ -51,9 +51,9 @@ def test_closing_removes_only_its_own_file(tmp_path: Path) -> None:
     path = tmp_path / "a.sock"
     reactor = Reactor()
     accepted: list[socket.socket] = []
-    first = Listener(reactor, bind_unix(path, 0o600), accepted.append, path)
+    first = Listener(reactor, bind_unix(path, 0o600), accepted.append, SocketFile(path))
     path.unlink()
-    second = Listener(reactor, bind_unix(path, 0o600), accepted.append, path)
+    second = Listener(reactor, bind_unix(path, 0o600), accepted.append, SocketFile(path))
     first.close()
     assert path.exists()
     second.close()
