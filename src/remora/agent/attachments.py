@@ -23,7 +23,7 @@ from remora.agent.identity import Identity, check_private_directory, of_sandbox
 from remora.agent.inherited import Inherited
 from remora.agent.journal import Journal
 from remora.agent.listeners import Listener, SocketFile
-from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError
+from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError, UnavailableError
 from remora.reactor import Reactor
 from remora.wire.ports import OIP_PORT, PORT
 
@@ -58,11 +58,7 @@ class Attachment:
         """True if its directory, where it has one, still is the same."""
         if self.directory is None:
             return True
-        try:
-            found = self.directory.lstat()
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == self.place
+        return _place(self.directory) == self.place
 
     def close(self) -> None:
         for listener in self.listeners:
@@ -100,6 +96,8 @@ class Attachments:
         self._inherited = inherited
         self._by_sandbox: dict[str, Attachment] = {}
         self._by_cid: dict[int, Attachment] = {}
+        #: Name and tenant of those that the last agent found by itself.
+        self._found_before: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
         return len(self._by_sandbox)
@@ -112,13 +110,17 @@ class Attachments:
 
     def of_cid(self, cid: int) -> Attachment | None:
         """Return the sandbox whose guest has a vsock CID."""
-        return self._by_cid.get(cid)
+        attachment = self._by_cid.get(cid)
+        if attachment is not None and attachment.found and not attachment.here():
+            return None  # the next guest with this CID may be another's
+        return attachment
 
     def recover(self) -> list[tuple[str, str]]:
         """Listen again for the sandboxes that the last agent served; return those that are gone, with the reason."""
         gone = []
         rows = list(self._journal.rows("SELECT sandbox, tenant, labels, directory, parent, template FROM attachments"))
         cids = dict(self._journal.rows("SELECT sandbox, cid FROM attachment_cids"))
+        self._found_before = [(row[0], row[1]) for row in self._journal.rows("SELECT * FROM found_sandboxes")]
         for sandbox, tenant, labels, directory, parent, template in rows:
             identity = of_sandbox(sandbox, tenant, json.loads(labels), parent, bool(template))
             try:
@@ -173,28 +175,57 @@ class Attachments:
             done=done,
         )
 
-    def attach_found(self, identity: Identity, tenant: str, path: Path | None, cid: int) -> None:
+    def attach_found(
+        self, identity: Identity, tenant: str, directory: Path, hybrid: Path | None, cid: int
+    ) -> Attachment:
         """Serve a sandbox that the agent has found: by its monitor's hybrid socket, or by its CID.
 
-        Raises as `attach`, and as `HybridSocket`.
+        Raises:
+            AlreadyExistsError: a sandbox of this name, or one with this CID, is served already.
+            RemoraError: as `HybridSocket`.
         """
         if identity.sandbox in self._by_sandbox:
             raise AlreadyExistsError(f"a sandbox {identity.sandbox} is attached already", fix="detach it first")
         self._check_cid(cid)
         attachment = Attachment(identity, tenant, cid=cid, found=True)
-        if path is not None:
-            self._listen_beside(attachment, path)
+        if hybrid is not None:
+            self._listen_beside(attachment, hybrid)
+        else:
+            attachment.directory, attachment.place = directory, _place(directory)
         self._add(attachment)
         self._journal.write(("INSERT OR REPLACE INTO found_sandboxes VALUES (?,?)", (identity.sandbox, tenant)))
+        return attachment
 
-    def recover_found(self) -> list[str]:
+    def refresh_found(self, attachment: Attachment, owner: int, *, listening: bool) -> None:
+        """Listen anew if the socket was removed, as scripts do that start a monitor again, or its user has changed.
+
+        Raises as `attach_found`.
+        """
+        hybrid = attachment.hybrid
+        if hybrid is None or self._by_sandbox.get(attachment.identity.sandbox) is not attachment:
+            return
+        if hybrid.owner == owner and attachment.listeners and (listening or hybrid.has(PORT)):
+            return
+        attachment.close()
+        attachment.listeners.clear()
+        self._listen_beside(attachment, hybrid.path)
+
+    def end_found(self, attachment: Attachment) -> bool:
+        """Stop serving a sandbox that is gone; False if it was detached before."""
+        sandbox = attachment.identity.sandbox
+        if self._by_sandbox.get(sandbox) is not attachment:
+            return False
+        self.detach(sandbox, False, _ignore)
+        return True
+
+    def end_lost(self) -> list[str]:
         """End the sandboxes that the last agent found and this one has not; return their names."""
-        rows = self._journal.rows("SELECT sandbox, tenant FROM found_sandboxes")
-        gone = [(sandbox, tenant) for sandbox, tenant in rows if sandbox not in self._by_sandbox]
-        for sandbox, tenant in gone:
+        lost = [(sandbox, tenant) for sandbox, tenant in self._found_before if sandbox not in self._by_sandbox]
+        self._found_before.clear()
+        for sandbox, tenant in lost:
             self._journal.write(*_forget(sandbox))
             self._on_detached(of_sandbox(sandbox, tenant, {}, "", False), False)
-        return [sandbox for sandbox, _tenant in gone]
+        return [sandbox for sandbox, _tenant in lost]
 
     def _listen_beside(self, attachment: Attachment, path: Path) -> None:
         hybrid = attachment.hybrid = HybridSocket(path)
@@ -215,8 +246,11 @@ class Attachments:
                 attachment.listeners.append(
                     Listener(self._reactor, sock, partial(checked, serve), file, address=address)
                 )
-        except RemoraError:
+        except (RemoraError, OSError) as error:
             attachment.close()
+            attachment.listeners.clear()
+            if isinstance(error, OSError):
+                raise UnavailableError(f"{path.parent} cannot be listened in: {error.strerror}") from error
             raise
 
     def _check_cid(self, cid: int) -> None:
@@ -281,10 +315,10 @@ class Attachments:
         self._journal.write(*_forget(sandbox), done=done)
 
     def sweep(self) -> list[str]:
-        """Detach the sandboxes whose directory has vanished; return their names."""
+        """Detach the sandboxes whose directory has vanished; return their names. Whoever found one looks after it."""
         gone = []
         for sandbox, attachment in list(self._by_sandbox.items()):
-            if not attachment.here():
+            if not attachment.found and not attachment.here():
                 gone.append(sandbox)
                 self.detach(sandbox, attachment.identity.template, _ignore)
         return gone
@@ -304,6 +338,15 @@ def _forget(sandbox: str) -> tuple[tuple[str, tuple[str]], ...]:
         ("DELETE FROM attachment_cids WHERE sandbox=?", (sandbox,)),
         ("DELETE FROM found_sandboxes WHERE sandbox=?", (sandbox,)),
     )
+
+
+def _place(directory: Path) -> tuple[int, int]:
+    """Return device and inode; zeros for a directory that is not there."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
 
 
 def _ignore(_error: RemoraError | None) -> None:

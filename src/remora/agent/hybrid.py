@@ -1,7 +1,7 @@
 """Listening beside the hybrid socket of a microVM that somebody else runs.
 
-Firecracker, Cloud Hypervisor and Dragonball pass a guest's connection to port P on to `<their socket>_P`. That file goes
-into a directory which may belong to the monitor's user, who is not trusted: the directory is opened once, without
+Firecracker, Cloud Hypervisor and Dragonball pass a guest's connection to port P on to `<their socket>_P`. That file
+goes into a directory which may belong to the monitor's user, who is not trusted: the directory is opened once, without
 following a symlink anywhere on the way, and every file in it is named from there. That also carries paths which are
 longer than a socket address may be, as those of Kata's jailed Firecracker are.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import struct
 from contextlib import suppress
 from pathlib import Path
 
 from remora.agent.addresses import MAX_SOCKET_PATH, Address
 from remora.agent.inherited import Inherited
 from remora.agent.listeners import SocketFile, listen_unix
+from remora.agent.peer_process import has_ended, hold_peer, peer_pid, process_id
 from remora.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -29,26 +29,30 @@ from remora.errors import (
 
 #: Only the monitor's user may connect.
 _MODE = 0o600
-_UCRED = struct.Struct("3i")
 #: What `/proc/self/fd/<number>/` takes of an address.
 _LONGEST_NAME = MAX_SOCKET_PATH - len("/proc/self/fd/2147483647/")
 
 
 def open_directory(path: Path) -> int:
-    """Return a descriptor (O_PATH) of a directory that is reached without a symlink.
+    """Return a descriptor (O_PATH) of a directory that is reached without a symlink, and that nobody can exchange but
+    root, the agent's user and its own owner.
 
     Raises:
         InvalidArgumentError: it is not there, or a part of its path is a symlink or no directory.
+        PermissionDeniedError: others could put another directory in its place.
     """
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    above: list[os.stat_result] = []
     fd = os.open("/", flags)
     try:
         for part in path.parts[1:]:
             if part == "..":
                 raise InvalidArgumentError(f"the path {path} has '..' in it", fix="give the real path")
+            above.append(os.fstat(fd))
             following = os.open(part, flags, dir_fd=fd)
             os.close(fd)
             fd = following
+        _check_above(path, above, os.fstat(fd).st_uid)
     except BaseException as error:
         os.close(fd)
         if isinstance(error, OSError):
@@ -60,6 +64,16 @@ def open_directory(path: Path) -> int:
     return fd
 
 
+def _check_above(path: Path, above: list[os.stat_result], owner: int) -> None:
+    for part, found in zip(reversed(path.parents), above, strict=True):
+        open_to_all = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+        if open_to_all or found.st_uid not in (0, os.geteuid(), owner):
+            raise PermissionDeniedError(
+                f"others than root and uid {owner} may change {part}, so the path {path} is nobody's for sure",
+                fix=f"chown root {part}; chmod o-w {part}",
+            )
+
+
 class HybridSocket:
     """The place of one monitor's socket. Owns a descriptor of the directory; `close` when its listeners are closed."""
 
@@ -67,7 +81,7 @@ class HybridSocket:
         """
         Raises:
             InvalidArgumentError: the directory is not there, or reached by a symlink; or the name is too long.
-            PermissionDeniedError: everyone may write to it.
+            PermissionDeniedError: everyone may write to it, or it is another user's than the monitor's and root.
         """
         self.path = path
         if len(os.fsencode(path.name)) + len("_65535") > _LONGEST_NAME:
@@ -79,12 +93,37 @@ class HybridSocket:
         found = os.fstat(self._directory)
         #: Device and inode of the directory.
         self.place = found.st_dev, found.st_ino
-        self._owner = found.st_uid
-        #: The monitor's socket and the process that listens on it.
-        self._listener: tuple[tuple[int, int], int] | None = None
+        #: The monitor's user: whose its socket is, or the directory before there is one.
+        self.owner = found.st_uid
+        #: The monitor's socket, the process that listens on it, and a pidfd that holds its number.
+        self._listener: tuple[tuple[int, int], int, int] | None = None
+        monitors = self._monitors_socket()
+        if monitors is not None:
+            self.owner = monitors.st_uid
+        refusal = ""
         if found.st_mode & stat.S_IWOTH:
+            refusal, fix = f"everyone may write to {path.parent}", f"chmod o-w {path.parent}"
+        elif found.st_uid not in (0, os.geteuid(), self.owner):
+            refusal = f"{path.parent} belongs to uid {found.st_uid}, and its microVM runs as uid {self.owner}"
+            fix = f"chown {self.owner} {path.parent}"
+        if refusal:
             self.close()
-            raise PermissionDeniedError(f"everyone may write to {path.parent}", fix=f"chmod o-w {path.parent}")
+            raise PermissionDeniedError(refusal, fix=fix)
+
+    def _monitors_socket(self) -> os.stat_result | None:
+        try:
+            found = os.stat(self.path.name, dir_fd=self._directory, follow_symlinks=False)
+        except OSError:
+            return None
+        return found if stat.S_ISSOCK(found.st_mode) else None
+
+    def has(self, port: int) -> bool:
+        """True if the agent's socket for a port is in the directory."""
+        try:
+            found = os.stat(f"{self.path.name}_{port}", dir_fd=self._directory, follow_symlinks=False)
+        except OSError:
+            return False
+        return stat.S_ISSOCK(found.st_mode)
 
     def listen(self, port: int, inherited: Inherited) -> tuple[socket.socket, SocketFile, str]:
         """Return a socket that takes guests' connections to a port, its file, and its address for a successor.
@@ -98,7 +137,11 @@ class HybridSocket:
         sock = inherited.take(address)
         if sock is None:
             sock = self._bind(name, self.path.parent / name)
-        return sock, SocketFile(Path(name), self._directory), address.text
+        try:
+            return sock, SocketFile(Path(name), self._directory), address.text
+        except OSError:
+            sock.close()
+            raise
 
     def _named(self, name: str) -> str:
         return f"/proc/self/fd/{self._directory}/{name}"
@@ -119,7 +162,7 @@ class HybridSocket:
             found = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError:
             return
-        if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (os.geteuid(), self._owner):
+        if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (os.geteuid(), self.owner):
             raise AlreadyExistsError(
                 f"{shown} exists and is not a socket of the agent's", fix="remove it, if nobody needs it"
             )
@@ -136,7 +179,7 @@ class HybridSocket:
 
     def _give_to_owner(self, name: str, shown: Path) -> None:
         """Let the directory's owner connect: the monitor runs as that user. No other file can be given away so."""
-        if self._owner == os.geteuid():
+        if self.owner == os.geteuid():
             return
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         try:
@@ -146,10 +189,10 @@ class HybridSocket:
                 raise FailedPreconditionError(
                     f"{shown} was replaced while it was made", fix="see who uses the directory"
                 )
-            os.chown(f"/proc/self/fd/{fd}", self._owner, -1)
+            os.chown(f"/proc/self/fd/{fd}", self.owner, -1)
         except PermissionError as error:
             raise PermissionDeniedError(
-                f"{shown} cannot be given to uid {self._owner}, whose the directory is", fix="run the agent as root"
+                f"{shown} cannot be given to uid {self.owner}, whose the directory is", fix="run the agent as root"
             ) from error
         finally:
             os.close(fd)
@@ -161,7 +204,7 @@ class HybridSocket:
             UnauthenticatedError: it does not, or that cannot be known.
             UnavailableError: the monitor has too many connections waiting to be asked.
         """
-        pid = _peer_pid(sock)
+        pid = peer_pid(sock)
         if pid == 0:
             raise UnauthenticatedError(
                 "the monitor is a process that the agent cannot see",
@@ -176,15 +219,16 @@ class HybridSocket:
 
     def _monitor(self) -> int:
         """Return the process that listens on the monitor's socket: the kernel remembers who did (unix(7))."""
-        try:
-            found = os.stat(self.path.name, dir_fd=self._directory, follow_symlinks=False)
-        except OSError as error:
+        found = self._monitors_socket()
+        if found is None:
             raise UnauthenticatedError(
                 f"there is no monitor's socket {self.path}", fix="connect from within the microVM"
-            ) from error
+            )
         key = found.st_dev, found.st_ino
-        if self._listener is not None and self._listener[0] == key:
-            return self._listener[1]
+        if self._listener is not None:
+            if self._listener[0] == key and not has_ended(self._listener[2]):
+                return self._listener[1]
+            self._forget_monitor()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
             try:
                 probe.connect(self._named(self.path.name))
@@ -194,16 +238,18 @@ class HybridSocket:
                 raise UnauthenticatedError(
                     f"no monitor listens on {self.path}: {error.strerror}", fix="connect from within the microVM"
                 ) from error
-            pid = _peer_pid(probe)
-        self._listener = key, pid
+            pidfd = hold_peer(probe)
+        pid = process_id(pidfd)
+        self._listener = key, pid, pidfd
         return pid
 
+    def _forget_monitor(self) -> None:
+        if self._listener is not None:
+            os.close(self._listener[2])
+            self._listener = None
+
     def close(self) -> None:
+        self._forget_monitor()
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
-
-
-def _peer_pid(sock: socket.socket) -> int:
-    pid: int = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
-    return pid

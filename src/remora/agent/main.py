@@ -161,8 +161,11 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         agent.listen_metrics(options.metrics, options.metrics_clients)
         agent.listen_control(options.control)
         addresses = [agent.listen(address) for address in options.listen]
+        if policy.fleets.attach:
+            agent.attach_fleets(policy.fleets)
         agent.recover()
-        addresses += [agent.listen(address) for address in inherited.addresses() if inherited.kept]
+        if inherited.kept:
+            addresses += [agent.listen(address) for address in inherited.addresses()]
         inherited.close()
         log.info(
             "agent listening",

@@ -33,6 +33,12 @@ def peer_uid(sock: socket.socket) -> int:
     return uid
 
 
+def peer_pid(sock: socket.socket) -> int:
+    """Return the number of the process at the other end; 0: it is in no process namespace that the agent sees."""
+    pid: int = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
+    return pid
+
+
 def cgroups(sock: socket.socket) -> str:
     """Return the text of /proc/<pid>/cgroup (cgroups(7)) of the process that connected.
 
@@ -40,7 +46,7 @@ def cgroups(sock: socket.socket) -> str:
         UnauthenticatedError: it has ended, or the agent cannot see it.
     """
     with _pidfd(sock) as fd:
-        pid = _pid_of(fd)
+        pid = process_id(fd)
         if pid == 0:
             raise UnauthenticatedError(
                 "the caller is a process that the agent cannot see",
@@ -53,9 +59,7 @@ def cgroups(sock: socket.socket) -> str:
             if pid < 0 or error.errno in (errno.ENOENT, errno.ESRCH):
                 raise _gone() from error
             raise UnauthenticatedError(f"/proc/{pid}/cgroup of the caller is not readable: {error.strerror}") from error
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)  # readable once the process has ended (pidfd_open(2))
-        if poll.poll(0):
+        if has_ended(fd):
             raise _gone()
     return text.decode("utf-8", "surrogateescape")
 
@@ -67,26 +71,41 @@ def _gone() -> UnauthenticatedError:
     )
 
 
-@contextmanager
-def _pidfd(sock: socket.socket) -> Iterator[int]:
+def has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)  # readable once the process has ended (pidfd_open(2))
+    return bool(poll.poll(0))
+
+
+def hold_peer(sock: socket.socket) -> int:
+    """Return a pidfd of the process that connected, or that listens where this socket connected to (unix(7)).
+
+    Raises:
+        UnauthenticatedError: it has ended.
+    """
     try:
-        fd = _INT.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _INT.size))[0]
+        fd: int = _INT.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _INT.size))[0]
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise _gone() from error
-        pid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
         try:
-            fd = os.pidfd_open(pid)
+            fd = os.pidfd_open(peer_pid(sock))
         except OSError as failure:
             raise _gone() from failure
+    return fd
+
+
+@contextmanager
+def _pidfd(sock: socket.socket) -> Iterator[int]:
+    fd = hold_peer(sock)
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def _pid_of(pidfd: int) -> int:
-    """Return the process's number in our namespace; 0: not in it, -1: it has ended (proc_pid_fdinfo(5))."""
+def process_id(pidfd: int) -> int:
+    """Return a process's number in our namespace; 0: not in it, -1: it has ended (proc_pid_fdinfo(5))."""
     with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
         for line in file:
             if line.startswith(b"Pid:"):

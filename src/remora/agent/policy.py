@@ -7,7 +7,7 @@ refuses a request says that name: whoever reads the refusal knows which key of t
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,17 +90,33 @@ class StoreLimits:
 
 
 @dataclass(frozen=True)
+class FleetSettings:
+    """Section `[fleets]`: others' microVMs that the agent finds and serves."""
+
+    #: As `--attach` has them.
+    attach: Sequence[str] = ()
+    #: Where containerd has its state, and in it the names of sandboxes.
+    containerd: str = "/run/containerd"
+
+
+@dataclass(frozen=True)
 class Policy:
     limits: Limits = field(default_factory=Limits)
     store: StoreLimits = field(default_factory=StoreLimits)
     #: Section `[workers]`.
     workers: WorkerSettings = field(default_factory=WorkerSettings)
+    fleets: FleetSettings = field(default_factory=FleetSettings)
     #: Sections `[defaults]`, `[tenant.NAME]` and `[[label]]`: what tenants may do (docs/policy.md).
     rules: Rules = field(default_factory=Rules)
 
 
-Section = Limits | StoreLimits | WorkerSettings
-_SECTIONS: dict[str, type[Section]] = {"limits": Limits, "store": StoreLimits, "workers": WorkerSettings}
+Section = Limits | StoreLimits | WorkerSettings | FleetSettings
+_SECTIONS: dict[str, type[Section]] = {
+    "limits": Limits,
+    "store": StoreLimits,
+    "workers": WorkerSettings,
+    "fleets": FleetSettings,
+}
 #: Largest configuration file; it must fit into an answer on the control socket.
 _MOST_BYTES = 512 * KIB
 _RULES = ("defaults", "label", "tenant")
@@ -129,6 +145,9 @@ def _check_value(where: str, key: str, value: object, default: object) -> None:
     elif isinstance(default, float):
         good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
         wanted = "a number above 0"
+    elif isinstance(default, Sequence):
+        good = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        wanted = "a list of texts"
     else:
         least = _LEAST.get(key, 1)
         good = isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 53

@@ -1,7 +1,7 @@
 """A new policy without a new agent: SIGHUP reads the configuration file again, or refuses it and keeps the old one.
 
 Only the rules for tenants change while requests are under way: each request goes by the rules it began under. The
-sections about the node itself ([limits], [store], [workers]) size what exists already, and take a restart.
+sections about the node itself ([limits], [store], [workers], [fleets]) say what exists already, and take a restart.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Reloading:
         core.quotas.replace(read.rules)
         core.policy_source = (str(path), text, "")
         old = self._started_with
-        restart = [name for name in ("limits", "store", "workers") if getattr(read, name) != getattr(old, name)]
+        restart = [
+            name for name in ("limits", "store", "workers", "fleets") if getattr(read, name) != getattr(old, name)
+        ]
         core.log.info("policy reloaded", file=str(path), takes_a_restart=" ".join(restart))
 
 

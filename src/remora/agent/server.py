@@ -30,7 +30,7 @@ from remora.agent.logs import Log
 from remora.agent.peer_process import peer_uid
 from remora.agent.peers import Peer
 from remora.agent.pods import PodFiles
-from remora.agent.policy import MIB, Policy
+from remora.agent.policy import MIB, FleetSettings, Policy
 from remora.errors import InvalidArgumentError, RemoraError, UnimplementedError
 from remora.reactor import Reactor
 from remora.wire import health_v1, remora_v1, vaccel
@@ -41,6 +41,7 @@ from remora.workers.contract import Workers
 if TYPE_CHECKING:
     from remora.agent.certificates import CertificateFiles, TlsServer
     from remora.agent.doors.oip_door import OipDoor
+    from remora.agent.fleets.finder import Fleets
 
 #: Anyone of this host may connect to the agent's own socket: each is a tenant by its user.
 _OPEN_MODE = 0o666
@@ -104,6 +105,7 @@ class Agent:
         self.draining = Draining(self.core, reactor.stop)
         gauges.register(self.core, attachments=lambda: len(self.attachments), draining=lambda: self.draining.begun)
         self._tls: TlsServer | None = None
+        self._fleets: Fleets | None = None
         self._closed = False
 
     # -- listening --------------------------------------------------------------------------------------------------
@@ -112,7 +114,19 @@ class Agent:
         """Serve the sandboxes that the last agent served."""
         for sandbox, reason in self.attachments.recover():
             self._log.info("sandbox gone", sandbox=sandbox, reason=reason)
+        if self._fleets is not None:
+            self._fleets.start()
+        for sandbox in self.attachments.end_lost():
+            self._log.info("sandbox gone", sandbox=sandbox, reason="its microVM has gone")
         self._reactor.call_later(_ATTACHMENT_SWEEP_S, self._sweep_attachments)
+
+    def attach_fleets(self, fleets: FleetSettings) -> None:
+        """Find others' microVMs from `recover` on."""
+        from remora.agent.fleets.finder import Finder, Fleets
+        from remora.agent.fleets.layouts import parse_fleet
+
+        finder = Finder([parse_fleet(text) for text in fleets.attach], Path(fleets.containerd))
+        self._fleets = Fleets(self._reactor, self.attachments, self._log, finder)
 
     def listen(self, address: Address) -> str:
         """Serve callers on a Unix socket or a loopback port; return the address with the port that was given."""
@@ -198,6 +212,8 @@ class Agent:
         self.draining.begin(timeout_s, done, set_quiet=self._set_handed_over)
 
     def _set_handed_over(self, handed_over: bool) -> None:
+        if self._fleets is not None:
+            self._fleets.paused = handed_over
         for listener in self.listeners():
             listener.set_quiet(handed_over)
             listener.handed_over = handed_over
@@ -377,6 +393,8 @@ class Agent:
         if self._closed:
             return
         self._closed = True
+        if self._fleets is not None:
+            self._fleets.close()
         for listener in self._listeners:
             listener.close()
         self.attachments.close()

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remora import paths
+from remora.wire.ports import PORT
 
 if TYPE_CHECKING:
     from remora.agent.certificates import CertificateFiles
+    from remora.agent.policy import Policy
 
 NAME = "agent"
+#: Where the kernel can give guests a vsock (QEMU's `vhost-vsock-pci`).
+_VHOST_VSOCK = Path("/dev/vhost-vsock")
 HELP = "run the node agent, or ask for its status"
 
 
@@ -32,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(oip+unix:///path) for the Open Inference Protocol, REST and gRPC on the same address; oip+attached for that "
         "protocol on a socket of each attached sandbox; may be given several times "
         f"(default: unix://{paths.agent_socket()})",
+    )
+    parser.add_argument(
+        "--attach",
+        action="append",
+        metavar="FLEET",
+        help="find and serve microVMs that others run, as they come and go: kata or kata:/prefix for the sandboxes of "
+        "an unmodified Kata, firecracker:/srv/fc/*/v.sock for directories with a vsock socket each; may be given "
+        "several times (docs/kata.md)",
     )
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help=f"what survives a restart (default: {paths.state_dir() / 'agent'})"
@@ -119,10 +131,14 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         metrics = f"tcp://{metrics}"
     inherited = from_systemd(os.environ)
     listen = args.listen or ([] if inherited.kept else [f"unix://{paths.agent_socket()}"])
+    settings = _with_fleets(policy.load(args.config), args.attach)
+    if any(text.partition(":")[0] == "kata" for text in settings.fleets.attach) and _VHOST_VSOCK.exists():
+        # Kata's QEMU sandboxes come by the kernel's vsock.
+        listen += [] if any(text.startswith("vsock://") for text in listen) else [f"vsock://:{PORT}"]
     options = main.Options(
         listen=[parse_listen_address(text) for text in listen],
         state=(args.state or paths.state_dir() / "agent").absolute(),
-        policy=policy.load(args.config),
+        policy=settings,
         control=control,
         metrics=parse_address(metrics),
         metrics_clients=args.metrics_client,
@@ -136,6 +152,18 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         watch=args.watch,
     )
     return main.run(options, load_catalog(args.models), WorkerPool)
+
+
+def _with_fleets(policy: Policy, attach: list[str] | None) -> Policy:
+    """Return the policy with the fleets of the command line, which replace the configuration file's."""
+    from dataclasses import replace
+
+    from remora.agent.fleets.layouts import parse_fleet
+
+    fleets = policy.fleets if attach is None else replace(policy.fleets, attach=attach)
+    for text in fleets.attach:
+        parse_fleet(text)  # before anything is started
+    return replace(policy, fleets=fleets)
 
 
 def _certificates(args: argparse.Namespace) -> CertificateFiles | None:

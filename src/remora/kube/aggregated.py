@@ -26,7 +26,7 @@ from remora.agent.certificates import TlsServer, common_names, server_context
 from remora.agent.http import HttpServer, Response
 from remora.agent.identity import Identity
 from remora.agent.inherited import Inherited
-from remora.agent.listeners import Listener
+from remora.agent.listeners import Listener, SocketFile
 from remora.agent.policy import Limits
 from remora.errors import FailedPreconditionError, RemoraError, UnauthenticatedError, UnavailableError
 from remora.kube import custom_metrics as v1
@@ -141,7 +141,8 @@ class AggregatedServer:
         )
         sock, _ = Inherited().bind(address, 0o600)
         accepted = partial(self._tls.accept, self._serve, self._refuse, False)
-        self._listener = Listener(reactor, sock, accepted, address.path, address=address.text)
+        file = SocketFile(address.path) if address.path is not None else None
+        self._listener = Listener(reactor, sock, accepted, file, address=address.text)
         self.port = self._listener.port
         self._reloading = reactor.call_later(_RELOAD_S, self._reload)
 

@@ -68,7 +68,7 @@ def attach(held: Rooms, attachments: Attachments, sandbox: str, cid: int, tenant
 
 
 def new_attachments(held: Rooms) -> Attachments:
-    return Attachments(held.reactor, held.journal, lambda *_: None, lambda *_: None, Inherited())
+    return Attachments(held.reactor, held.journal, lambda *_: None, lambda *_: None, Inherited(), lambda *_: None)
 
 
 def identify(attachments: Attachments, cid: int) -> Attachment | None:

@@ -1,6 +1,6 @@
-"""Where others' microVMs have their vsock sockets: Kata's directories, and those of an operator's own Firecrackers.
+"""Where others' microVMs have their vsock: Kata's directories, and those of an operator's own monitors.
 
-Only names are read here, from directories that come and go at any moment; nothing is opened, followed or trusted yet.
+Only names are read here, from directories that come and go at any moment; nothing is followed or trusted yet.
 Source of Kata's paths: src/runtime/virtcontainers and src/runtime-rs/crates/hypervisor of kata-containers 2 to 4.
 """
 
@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from remora.errors import InvalidArgumentError
+from remora.agent.fleets import shims
+from remora.agent.fleets.bundles import SHORT_ID
+from remora.errors import InvalidArgumentError, RemoraError
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 #: Ids of CRI sandboxes are 64 hexadecimal digits; other clients of containerd choose theirs.
-_SHORT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,31}")
-_SHIM = "shim-monitor.sock"
+_SHORT = re.compile(rf"[a-zA-Z0-9][a-zA-Z0-9_.-]{{0,{SHORT_ID - 1}}}")
+_MONITOR = "shim-monitor.sock"
+#: How soon a shim that did not answer, or did not know, is asked again.
+_ASK_AGAIN_S = 2.0
+FORMS = "write kata, kata:/prefix, or firecracker:/srv/fc/*/v.sock"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A sandbox's socket: by its id, or the first 32 characters of it."""
+    """A sandbox's vsock: a hybrid socket, or a CID."""
 
-    sandbox: str
-    socket: Path
+    fleet: str
+    #: Its id, or its beginning.
+    id: str
+    #: It ends when this goes.
+    directory: Path
+    socket: Path | None = None
+    cid: int = 0
+    short: bool = False
 
 
 def _directories(path: Path) -> list[str]:
@@ -43,14 +55,22 @@ def _directories(path: Path) -> list[str]:
 class Kata:
     """The run-time directories of Kata, below a prefix where its monitors run without root."""
 
+    name = "kata"
+    #: Its sandboxes are containerd's.
+    by_containerd = True
+
     def __init__(self, prefix: Path = Path("/")) -> None:
         self._go = prefix / "run/vc"
         self._rust = prefix / "run/kata"
+        #: What shims said, and when the others may be asked again.
+        self._said: dict[str, tuple[Path | None, int]] = {}
+        self._ask_s: dict[str, float] = {}
+        self.text = "kata" if prefix == Path("/") else f"kata:{prefix}"
 
     def places(self) -> Iterator[Place]:
-        """Yield the hybrid sockets that exist: the monitor makes its own before it boots the guest."""
+        """Yield the sandboxes whose hybrid socket is where it usually is: a monitor makes it before it boots."""
         for place in self._possible():
-            if os.path.lexists(place.socket):
+            if place.socket is not None and os.path.lexists(place.socket):
                 yield place
 
     def _possible(self) -> Iterator[Place]:
@@ -59,31 +79,72 @@ class Kata:
             below = self._go / name
             if name == "vm":
                 for sandbox in _directories(below):
-                    yield Place(sandbox, below / sandbox / "clh.sock")
+                    yield self._place(sandbox, below / sandbox / "clh.sock")
             elif name != "sbs":
                 for sandbox in _directories(below):
                     if _SHORT.fullmatch(sandbox):
-                        yield Place(sandbox, below / sandbox / "root/kata.hvsock")
+                        yield self._place(sandbox, below / sandbox / "root/kata.hvsock", short=True)
         # The Rust runtime: Firecracker, Cloud Hypervisor, Dragonball, OpenVMM; then the jailed Firecracker.
         for sandbox in _directories(self._rust):
-            for name in ("kata.hvsock", "ch-vm.sock", "root/kata.hvsock", "vsock.sock"):
-                yield Place(sandbox, self._rust / sandbox / name)
+            for file in ("kata.hvsock", "ch-vm.sock", "root/kata.hvsock", "vsock.sock"):
+                yield self._place(sandbox, self._rust / sandbox / file)
         for sandbox in _directories(self._rust / "firecracker"):
-            yield Place(sandbox, self._rust / "firecracker" / sandbox / "root/kata.hvsock")
+            yield self._place(sandbox, self._rust / "firecracker" / sandbox / "root/kata.hvsock")
 
-    def shims(self) -> dict[str, Path]:
+    def _place(self, sandbox: str, path: Path, *, short: bool = False) -> Place:
+        return Place(self.name, sandbox, path.parent, path, short=short)
+
+    def others(self, known: Set[str]) -> Iterator[Place]:
+        """Yield the sandboxes that their shims tell of, or QEMU's command line, and that are not known by then.
+
+        That are QEMU's, and those whose monitor was made before the sandbox (templates, cached VMs).
+        """
+        managed = self._managed()
+        self._said = {sandbox: said for sandbox, said in self._said.items() if sandbox in managed}
+        self._ask_s = {sandbox: when_s for sandbox, when_s in self._ask_s.items() if sandbox in managed}
+        for sandbox, path in managed.items():
+            if sandbox not in known:
+                where, cid = self._ask(sandbox, path)
+                if where is not None:
+                    yield self._place(sandbox, where)
+                elif cid:
+                    yield Place(self.name, sandbox, path.parent, cid=cid)
+        for sandbox in _directories(self._go / "vm"):
+            if sandbox not in known and sandbox not in self._said:
+                cid = shims.cid_of_monitor(self._go / "vm" / sandbox / "pid", sandbox)
+                if cid:
+                    yield Place(self.name, sandbox, self._go / "vm" / sandbox, cid=cid)
+
+    def _managed(self) -> dict[str, Path]:
         """Return the management sockets of the shims, by sandbox id."""
         found = {}
         for parent in (self._go / "sbs", self._rust):
             for sandbox in _directories(parent):
-                path = parent / sandbox / _SHIM
+                path = parent / sandbox / _MONITOR
                 if os.path.lexists(path):
                     found[sandbox] = path
         return found
 
+    def _ask(self, sandbox: str, path: Path) -> tuple[Path | None, int]:
+        said = self._said.get(sandbox, (None, 0))
+        now_s = time.monotonic()
+        if said == (None, 0) and now_s >= self._ask_s.get(sandbox, 0.0):
+            try:
+                said = shims.parse_agent_url(shims.agent_url(path))
+            except (OSError, RemoraError):
+                pass  # not up yet, or hung: asked again
+            if said == (None, 0):
+                self._ask_s[sandbox] = now_s + _ASK_AGAIN_S
+            else:
+                self._said[sandbox] = said
+        return said
+
 
 class Glob:
     """Directories of an operator's own monitors: one part of the path has wildcards, and names the sandbox."""
+
+    name = "firecracker"
+    by_containerd = False
 
     def __init__(self, pattern: str) -> None:
         """
@@ -94,17 +155,39 @@ class Glob:
         wild = [index for index, part in enumerate(parts) if any(char in part for char in "*?[")]
         if not pattern.startswith("/") or ".." in parts or len(wild) != 1 or wild[0] == len(parts) - 1:
             raise InvalidArgumentError(
-                f"{pattern!r} does not say where sandboxes have their sockets",
+                f"{pattern!r} does not say where microVMs have their vsock sockets",
                 fix="give an absolute path with wildcards in one directory's name, such as /srv/fc/*/v.sock",
             )
         # The operator's own part may have symlinks; below it nothing is followed.
         self._parent = Path(os.path.realpath(Path(*parts[: wild[0]])))
         self._wild = parts[wild[0]]
         self._rest = Path(*parts[wild[0] + 1 :])
+        self.text = f"firecracker:{pattern}"
 
     def places(self) -> Iterator[Place]:
         """Yield the sockets whose directory exists, so that the agent listens before the microVM boots."""
         for sandbox in _directories(self._parent):
             path = self._parent / sandbox / self._rest
             if fnmatchcase(sandbox, self._wild) and os.path.isdir(path.parent):
-                yield Place(sandbox, path)
+                yield Place(self.name, sandbox, path.parent, path)
+
+    def others(self, _known: Set[str]) -> Iterator[Place]:
+        """There is nobody to ask."""
+        return iter(())
+
+
+Fleet = Kata | Glob
+
+
+def parse_fleet(text: str) -> Fleet:
+    """Read what `--attach` takes: `kata[:PREFIX]` or `firecracker:GLOB`.
+
+    Raises:
+        InvalidArgumentError: neither.
+    """
+    kind, colon, rest = text.partition(":")
+    if kind == "kata" and (not colon or (rest.startswith("/") and ".." not in Path(rest).parts)):
+        return Kata(Path(os.path.realpath(rest or "/")))
+    if kind == "firecracker" and colon:
+        return Glob(rest)
+    raise InvalidArgumentError(f"{text!r} is no fleet that the agent could find", fix=FORMS)
