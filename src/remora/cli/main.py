@@ -34,6 +34,7 @@ COMMANDS: dict[str, str] = {
     "sessions": "list the sessions of the agent",
     "resources": "list the uploads that the agent stores",
     "workers": "list the worker processes of the agent",
+    "grants": "list the shares of devices that the kubelet gave to sandboxes",
     "policy": "check a configuration file, or show the policy in effect",
     "classify": "classify pictures through the agent",
     "detect": "find the objects in pictures through the agent",

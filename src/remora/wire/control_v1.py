@@ -52,6 +52,12 @@ class DetachRequest(Message):
     keep_sessions: bool = bool_(2)
 
 
+class GrantedShares(Message):
+    kind: str = string(1)
+    shares: int = uint32(2)
+    shares_per_device: int = uint32(3)
+
+
 class Attachment(Message):
     sandbox: str = string(1)
     tenant: str = string(2)
@@ -63,8 +69,8 @@ class Attachment(Message):
     sessions: int = uint32(8)
     requests: int = uint64(9)
     cid: int = uint32(10)
-    #: What it was granted, such as `gpu 3/10`.
-    grants: list[str] = string(11, repeated=True)
+    #: What it was granted, by kind.
+    grants: list[GrantedShares] = message(11, GrantedShares, repeated=True)
 
 
 class AttachmentsResponse(Message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -40,7 +41,12 @@ class Node:
 
     def granted(self, name: str) -> list[str]:
         answer = self.agent.ask("Attachments", control_v1.Empty(), control_v1.AttachmentsResponse)
-        return [grant for each in answer.attachments if each.sandbox == name for grant in each.grants]
+        return [
+            f"{one.kind} {one.shares}/{one.shares_per_device}"
+            for each in answer.attachments
+            if each.sandbox == name
+            for one in each.grants
+        ]
 
 
 @pytest.fixture
@@ -82,6 +88,18 @@ def test_a_pod_with_a_grant_gets_its_device_time_and_no_more(node: Node) -> None
     assert "[grant.cpu] device_s_per_s" in refused.value.message
     wait_until(lambda: "give the pod more shares of remora.dev/cpu" in node.agent.log, "the operator is told")
     use(node.attach("other"), node.agent, 50)  # without a grant policy alone decides
+
+
+def test_the_operator_sees_who_has_what(node: Node) -> None:
+    node.attach("web", node.allocate("cpu0-0", "cpu0-1"))
+    node.attach("other")
+    command = [sys.executable, "-m", "remora", "grants", "--control", str(node.agent.control)]
+    shown = subprocess.run([*command, "--json"], capture_output=True, check=True, text=True).stdout
+    (row,) = json.loads(shown)
+    assert {"namespace": "prod", "pod": "web", "kind": "cpu", "shares": 2}.items() <= row.items()
+    assert row["device_s_per_s"] == pytest.approx(0.0002)
+    table = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert "2 of 10000 per device" in table
 
 
 def test_enough_shares_let_everything_through(node: Node) -> None:

@@ -83,7 +83,7 @@ def state_grant(agent: AgentProcess, number: int) -> str:
 
 def granted(agent: AgentProcess) -> list[str]:
     answer = agent.ask("Attachments", control_v1.Empty(), control_v1.AttachmentsResponse)
-    return [grant for each in answer.attachments for grant in each.grants]
+    return [f"{one.kind} {one.shares}/{one.shares_per_device}" for each in answer.attachments for one in each.grants]
 
 
 def test_further_containers_bring_further_grants_and_an_agent_that_comes_back_knows_all(

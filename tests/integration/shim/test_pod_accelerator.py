@@ -75,7 +75,12 @@ def state_grant(containerd: Containerd, *shares: str) -> str:
 def granted(containerd: Containerd, pod: Pod) -> list[str]:
     control = containerd.runtime / "control.sock"
     answer = status.call(control, "Attachments", control_v1.Empty(), control_v1.AttachmentsResponse)
-    return [one for each in answer.attachments if each.sandbox.endswith(pod.id[:8]) for one in each.grants]
+    return [
+        f"{one.kind} {one.shares}/{one.shares_per_device}"
+        for each in answer.attachments
+        if each.sandbox.endswith(pod.id[:8])
+        for one in each.grants
+    ]
 
 
 def test_containers_bring_the_kubelets_grants_and_a_pods_author_none(containerd: Containerd, agent: Agent) -> None:

@@ -153,7 +153,9 @@ class ControlDoor:
                     sessions=sessions[identity.key],
                     requests=attachment.requests,
                     grants=[
-                        f"{granted.kind} {granted.shares}/{granted.shares_per_device}"
+                        v1.GrantedShares(
+                            kind=granted.kind, shares=granted.shares, shares_per_device=granted.shares_per_device
+                        )
                         for granted in self._core.grants.of(holder_of(identity.key, identity.labels)).values()
                     ],
                 )
