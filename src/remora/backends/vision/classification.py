@@ -9,9 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from remora.backends.contract import Array, Limits, LoadedModel, Stop
-from remora.backends.vision.pictures import prepare
-from remora.backends.vision.preprocess import Preprocess
-from remora.backends.vision.tables import Table, check_input, finite, preprocess_of
+from remora.backends.vision.pictured import Pictured, parts
+from remora.backends.vision.pictures import Window
+from remora.backends.vision.tables import Table, finite, preprocess_of
 
 
 def rank(scores: Array, top: int, activation: str = "softmax") -> list[tuple[int, float]]:
@@ -25,13 +25,9 @@ def rank(scores: Array, top: int, activation: str = "softmax") -> list[tuple[int
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A loaded model with the preprocessing and the score output that its manifest names."""
+class Classifier(Pictured):
+    """Its output holds a score for each class."""
 
-    model: LoadedModel
-    preprocess: Preprocess
-    input: str
-    output: str
     activation: str = "softmax"
 
     @classmethod
@@ -43,13 +39,12 @@ class Classifier:
         """
         how = preprocess_of(manifest, "classification")
         table = Table(manifest, "scores", ("input", "output", "activation"))
-        source = table.tensor("input", model.inputs)
-        target = table.tensor("output", model.outputs)
-        check_input(model, source, how)
-        return cls(model, how, source, target, table.choice("activation", ("softmax", "none")))
+        return cls(*parts(model, how, table), table.choice("activation", ("softmax", "none")))
 
     def find(self, encoded: bytes | memoryview, most: int, stop: Stop, limits: Limits) -> list[tuple[int, float]]:
         """Return (class, probability) of the best classes, best first."""
-        feeds = {self.input: prepare(encoded, self.preprocess, limits)}
-        wanted = self.model.check(feeds, (self.output,))
-        return rank(self.model.run(feeds, wanted, stop)[0], most, self.activation)
+        return self.read(*self.answer(encoded, stop, limits), most)
+
+    def read(self, answer: Array, _window: Window, most: int) -> list[tuple[int, float]]:
+        """Return what `find` returns, of the model's answer to one picture."""
+        return rank(answer, most, self.activation)

@@ -9,9 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from remora.backends.contract import Array, Limits, LoadedModel, Stop
-from remora.backends.vision.pictures import prepare_window
-from remora.backends.vision.preprocess import Preprocess
-from remora.backends.vision.tables import Table, check_input, finite, need_labels, preprocess_of
+from remora.backends.vision.pictured import Pictured, parts
+from remora.backends.vision.pictures import Window
+from remora.backends.vision.tables import Table, finite, need_labels, preprocess_of
 from remora.errors import InternalError
 
 _COLUMNS = ("x1", "y1", "x2", "y2", "score", "class")
@@ -38,13 +38,9 @@ def suppress(rows: Array, overlap: float) -> Array:
 
 
 @dataclass(frozen=True)
-class Detector:
-    """A loaded model with the preprocessing and the rows of boxes that its manifest describes."""
+class Detector(Pictured):
+    """Its output holds rows of boxes, as the manifest describes them."""
 
-    model: LoadedModel
-    preprocess: Preprocess
-    input: str
-    output: str
     columns: tuple[int, ...]
     row: int
     unit: str
@@ -57,13 +53,8 @@ class Detector:
         """Match a manifest with the model it describes. Raises InvalidArgumentError as `Classifier.from_manifest`."""
         how = preprocess_of(manifest, "detection")
         table = Table(manifest, "boxes", _KEYS)
-        source = table.tensor("input", model.inputs)
-        check_input(model, source, how)
         return cls(
-            model,
-            how,
-            source,
-            table.tensor("output", model.outputs),
+            *parts(model, how, table),
             table.columns("columns", _COLUMNS),
             table.width("columns", _COLUMNS),
             table.choice("unit", ("pixels", "share")),
@@ -74,9 +65,10 @@ class Detector:
 
     def find(self, encoded: bytes | memoryview, most: int, stop: Stop, limits: Limits) -> list[tuple[float, ...]]:
         """Return (class, score, x1, y1, x2, y2) of the best objects, best first, in pixels of the picture."""
-        picture, window = prepare_window(encoded, self.preprocess, limits)
-        feeds = {self.input: picture}
-        answer = self.model.run(feeds, self.model.check(feeds, (self.output,)), stop)[0]
+        return self.read(*self.answer(encoded, stop, limits), most)
+
+    def read(self, answer: Array, window: Window, most: int) -> list[tuple[float, ...]]:
+        """Return what `find` returns, of the model's answer to one picture."""
         if answer.size % self.row:
             raise InternalError(f"the model answered with {answer.size} numbers, a row has {self.row}")
         rows = finite(answer).reshape(-1, self.row)[:, self.columns]

@@ -9,9 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from remora.backends.contract import Array, Limits, LoadedModel, Stop
-from remora.backends.vision.pictures import prepare
+from remora.backends.vision.pictured import Pictured, parts
 from remora.backends.vision.preprocess import Preprocess
-from remora.backends.vision.tables import Table, check_input, finite, need_labels, preprocess_of
+from remora.backends.vision.tables import Table, finite, need_labels, preprocess_of
 from remora.errors import InternalError, InvalidArgumentError
 
 
@@ -27,19 +27,13 @@ def _whole(manifest: Mapping[str, Any], task: str) -> Preprocess:
 
 
 @dataclass(frozen=True)
-class _Mapper:
-    """A loaded model with the preprocessing and the map output that its manifest describes."""
+class _Mapper(Pictured):
+    """Its output is a map, as the manifest describes it."""
 
-    model: LoadedModel
-    preprocess: Preprocess
-    input: str
-    output: str
     layout: str
 
-    def _planes(self, encoded: bytes | memoryview, stop: Stop, limits: Limits) -> Array:
+    def _planes(self, answer: Array) -> Array:
         """Return the model's answer as [channels, height, width]."""
-        feeds = {self.input: prepare(encoded, self.preprocess, limits)}
-        answer = self.model.run(feeds, self.model.check(feeds, (self.output,)), stop)[0]
         if answer.ndim == 4 and len(answer) == 1:
             answer = answer[0] if self.layout == "nchw" else answer[0].transpose(2, 0, 1)
         elif answer.ndim == 2:  # neither batch nor channels; of three dimensions the first is either
@@ -62,13 +56,8 @@ class Segmenter(_Mapper):
         """Match a manifest with the model it describes. Raises InvalidArgumentError as `Classifier.from_manifest`."""
         how = _whole(manifest, "segmentation")
         table = Table(manifest, "map", ("input", "output", "layout", "activation", "threshold"))
-        source = table.tensor("input", model.inputs)
-        check_input(model, source, how)
         return cls(
-            model,
-            how,
-            source,
-            table.tensor("output", model.outputs),
+            *parts(model, how, table),
             table.choice("layout", (how.layout, "nchw", "nhwc")),
             table.choice("activation", ("none", "sigmoid")),
             table.share("threshold", 0.5),
@@ -80,7 +69,11 @@ class Segmenter(_Mapper):
 
         A model with one channel gives the probability of the second label against the first.
         """
-        planes = self._planes(encoded, stop, limits)
+        return self.read(self.answer(encoded, stop, limits)[0])
+
+    def read(self, answer: Array) -> Array:
+        """Return what `map` returns, of the model's answer to one picture."""
+        planes = self._planes(answer)
         if len(planes) != self.classes and not (len(planes) == 1 and self.classes == 2):
             raise InternalError(f"the model answered with {len(planes)} channels for {self.classes} labels")
         mask: Array
@@ -101,14 +94,15 @@ class DepthFinder(_Mapper):
         """Match a manifest with the model it describes. Raises InvalidArgumentError as `Classifier.from_manifest`."""
         how = _whole(manifest, "depth")
         table = Table(manifest, "map", ("input", "output", "layout"))
-        source = table.tensor("input", model.inputs)
-        check_input(model, source, how)
-        target = table.tensor("output", model.outputs)
-        return cls(model, how, source, target, table.choice("layout", (how.layout, "nchw", "nhwc")))
+        return cls(*parts(model, how, table), table.choice("layout", (how.layout, "nchw", "nhwc")))
 
     def map(self, encoded: bytes | memoryview, stop: Stop, limits: Limits) -> Array:
         """Return the depth of each place, float32 [height, width] of the model's own size."""
-        planes = self._planes(encoded, stop, limits)
+        return self.read(self.answer(encoded, stop, limits)[0])
+
+    def read(self, answer: Array) -> Array:
+        """Return what `map` returns, of the model's answer to one picture."""
+        planes = self._planes(answer)
         if len(planes) != 1:
             raise InternalError(f"the model answered with {len(planes)} channels, depth has one")
         return np.ascontiguousarray(planes[0], np.float32)

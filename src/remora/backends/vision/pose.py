@@ -6,23 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from remora.backends.contract import Limits, LoadedModel, Stop
-from remora.backends.vision.pictures import prepare_window
-from remora.backends.vision.preprocess import Preprocess
-from remora.backends.vision.tables import Table, check_input, finite, need_labels, preprocess_of
+from remora.backends.contract import Array, Limits, LoadedModel, Stop
+from remora.backends.vision.pictured import Pictured, parts
+from remora.backends.vision.pictures import Window
+from remora.backends.vision.tables import Table, finite, need_labels, preprocess_of
 from remora.errors import InternalError
 
 _COLUMNS = ("x", "y", "score")
 
 
 @dataclass(frozen=True)
-class PoseFinder:
-    """A loaded model with the preprocessing and the rows of points that its manifest describes."""
+class PoseFinder(Pictured):
+    """Its output holds rows of points, as the manifest describes them."""
 
-    model: LoadedModel
-    preprocess: Preprocess
-    input: str
-    output: str
     columns: tuple[int, ...]
     row: int
     unit: str
@@ -33,13 +29,8 @@ class PoseFinder:
         """Match a manifest with the model it describes. Raises InvalidArgumentError as `Classifier.from_manifest`."""
         how = preprocess_of(manifest, "pose")
         table = Table(manifest, "points", ("input", "output", "columns", "unit"))
-        source = table.tensor("input", model.inputs)
-        check_input(model, source, how)
         return cls(
-            model,
-            how,
-            source,
-            table.tensor("output", model.outputs),
+            *parts(model, how, table),
             table.columns("columns", _COLUMNS),
             table.width("columns", _COLUMNS),
             table.choice("unit", ("pixels", "share")),
@@ -48,9 +39,10 @@ class PoseFinder:
 
     def find(self, encoded: bytes | memoryview, most: int, stop: Stop, limits: Limits) -> list[tuple[float, ...]]:
         """Return (point, score, x, y) of the first `most` points, in the model's order, in pixels of the picture."""
-        picture, window = prepare_window(encoded, self.preprocess, limits)
-        feeds = {self.input: picture}
-        answer = self.model.run(feeds, self.model.check(feeds, (self.output,)), stop)[0]
+        return self.read(*self.answer(encoded, stop, limits), most)
+
+    def read(self, answer: Array, window: Window, most: int) -> list[tuple[float, ...]]:
+        """Return what `find` returns, of the model's answer to one picture."""
         if answer.size != self.points * self.row:
             raise InternalError(
                 f"the model answered with {answer.size} numbers; {self.points} points have {self.points * self.row}"
