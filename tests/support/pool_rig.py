@@ -140,6 +140,17 @@ def rows_model(rounds: int = 0) -> bytes:
     return bytes(helper.make_model(graph, opset_imports=OPSET, ir_version=8).SerializeToString())
 
 
+def brightest_model() -> bytes:
+    """Return a classifier of float32 [N, 3, 8, 8]: its three scores are the means of red, green and blue."""
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["input"], ["output"], axes=[2, 3], keepdims=0)],
+        "brightest",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", 3, 8, 8])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", 3])],
+    )
+    return bytes(helper.make_model(graph, opset_imports=OPSET, ir_version=8).SerializeToString())
+
+
 def table_model() -> bytes:
     """Return a model of int64 [N, 1] that looks rows up in a table of ten: an index beyond it fails the run."""
     graph = helper.make_graph(

@@ -44,7 +44,10 @@ def form_of(operation: Operation) -> tuple[Hashable, int]:
     """Return what requests must have in common to run as one, and how many rows this one has.
 
     None: it runs by itself, because it is no inference or its inputs have no first axis in common.
+    A picture is one row, whatever its size: the model's manifest makes the same of each.
     """
+    if operation.image is not None:
+        return operation.name, 1
     rows = {tensor.shape[0] if tensor.shape else 0 for tensor in operation.inputs}
     if operation.name != INFER or len(rows) != 1 or 0 in rows:
         return None, 1

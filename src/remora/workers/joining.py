@@ -21,12 +21,25 @@ from remora.workers.protocol import Message
 class Member:
     """One job of a joined run."""
 
-    __slots__ = ("feeds", "gone", "job", "rows", "stop")
+    __slots__ = ("answer", "feeds", "gone", "job", "rows", "stop", "wanted")
 
-    def __init__(self, job: Message, feeds: Mapping[str, Array], stop: Stop) -> None:
+    def __init__(
+        self,
+        job: Message,
+        feeds: Mapping[str, Array],
+        wanted: Sequence[str],
+        stop: Stop,
+        answer: Callable[[Sequence[Array]], Message],
+    ) -> None:
+        """
+        Args:
+            answer: Makes the job's answer of its part of the outputs.
+        """
         self.job = job
         self.feeds = feeds
+        self.wanted = wanted
         self.stop = stop
+        self.answer = answer
         sizes = {array.shape[0] if array.ndim else 0 for array in feeds.values()}
         #: Size of the first axis; 0 if its inputs have none in common.
         self.rows = sizes.pop() if len(sizes) == 1 else 0
@@ -37,7 +50,7 @@ class Member:
     def form(self) -> tuple[object, ...]:
         """What jobs must have in common."""
         inputs = tuple((name, array.dtype.str, array.shape[1:]) for name, array in self.feeds.items())
-        return self.job["t"], self.job["m"], tuple(self.job["out"]), inputs
+        return self.job["t"], self.job["m"], tuple(self.wanted), inputs
 
 
 class JoinedRun:
@@ -51,7 +64,7 @@ class JoinedRun:
         self._stop = Stop()
         self._running = False
 
-    def run(self, model: LoadedModel, wanted: Sequence[str]) -> list[tuple[Member, list[Array]]]:
+    def run(self, model: LoadedModel) -> list[tuple[Member, list[Array]]]:
         """Return the outputs of each member that is still there, as parts of the run's; nothing if it did not work."""
         first = self._members[0]
         if any(one.form != first.form or not one.rows for one in self._members):
@@ -61,7 +74,7 @@ class JoinedRun:
             self._running = True
             for one in self._members:
                 one.stop.attach(partial(self._left, one))
-            computed = model.run(feeds, wanted, self._stop)
+            computed = model.run(feeds, first.wanted, self._stop)
         except (RemoraError, MemoryError):
             return []
         if any(not array.ndim or array.shape[0] != self.rows for array in computed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from pool_rig import Rig, infer, rows_model, table_model
+from pool_rig import Rig, brightest_model, infer, rows_model, table_model
 from remora.errors import CancelledError, DeadlineExceededError, InvalidArgumentError, RemoraError
 from remora.workers.contract import SHARED, Job, ModelSpec, Result
 
@@ -161,3 +163,80 @@ def test_a_worker_that_dies_under_a_batch_costs_nobody_an_answer(rig: Rig) -> No
     process.kill("the test ends it")
     rig.until(lambda: all(boxes))
     assert [value(box[0]) for box in boxes] == [[0], [2], [4], [6]]
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+COLOURS = {"red": 0, "green": 1, "blue": 2}
+MANIFEST = {
+    "preprocess": {"width": 8, "height": 8, "crop": "none", "layout": "nchw", "dtype": "float32"},
+    "labels": list(COLOURS),
+}
+
+
+def picture(colour: str, kind: str = "PNG", size: tuple[int, int] = (40, 30)) -> memoryview:
+    stream = io.BytesIO()
+    Image.new("RGB", size, {"red": (250, 9, 9), "green": (9, 250, 9), "blue": (9, 9, 250)}[colour]).save(stream, kind)
+    return memoryview(stream.getvalue())
+
+
+@pytest.fixture(scope="module")
+def classifier(rig: Rig) -> Rig:
+    source = rig.source("colours", brightest_model(), task="classification", manifest=MANIFEST)
+    assert isinstance(rig.load(SHARED, source), ModelSpec)
+    return rig
+
+
+def classify(image: memoryview, tenant: str = "a", top: int = 3) -> Job:
+    return Job("classify", SHARED, tenant, "colours", image=image, top=top)
+
+
+def test_pictures_of_several_tenants_are_one_run_and_each_gets_its_own_labels(classifier: Rig) -> None:
+    images = [
+        ("red", picture("red", "JPEG", (300, 200))),
+        ("blue", picture("blue", "WEBP")),
+        ("green", picture("green")),
+        ("blue", picture("blue", "BMP", (8, 8))),
+    ]
+    alone = [classifier.run(classify(image)) for _colour, image in images]
+    boxes = together(
+        classifier,
+        [classify(image, tenant, top) for (_, image), tenant, top in zip(images, "abcd", (1, 2, 3, 3), strict=True)],
+    )
+    classifier.until(lambda: all(boxes))
+    for (colour, _image), box, lone, top in zip(images, boxes, alone, (1, 2, 3, 3), strict=True):
+        found = box[0]
+        assert isinstance(found, Result)
+        assert isinstance(lone, Result)
+        assert found.whole_us > 0, "they ran as one"
+        assert found.labels[0].name == colour
+        assert len(found.labels) == top
+        assert [label.score for label in found.labels] == pytest.approx([one.score for one in lone.labels[:top]])
+    for tenant in "abcd":
+        assert classifier.pool._arenas[tenant].used == 0
+
+
+def test_a_picture_that_is_none_fails_alone_and_the_others_still_run_as_one(classifier: Rig) -> None:
+    images = [picture("red"), memoryview(b"no picture"), picture("green")[:60], picture("blue")]
+    boxes = together(classifier, [classify(image, tenant) for image, tenant in zip(images, "abcd", strict=True)])
+    classifier.until(lambda: all(boxes))
+    red, none, half, blue = (box[0] for box in boxes)
+    assert isinstance(none, InvalidArgumentError)
+    assert isinstance(half, InvalidArgumentError)
+    for found, colour in ((red, "red"), (blue, "blue")):
+        assert isinstance(found, Result)
+        assert found.labels[0].name == colour
+        assert found.whole_us > 0
+
+
+def test_pictures_and_tensors_for_one_model_are_each_answered(classifier: Rig) -> None:
+    tensor = np.zeros((1, 3, 8, 8), np.float32)
+    tensor[0, 1] = 1
+    boxes = together(classifier, [classify(picture("red")), infer(tensor, "colours", tenant="b")])
+    classifier.until(lambda: all(boxes))
+    seen, computed = (box[0] for box in boxes)
+    assert isinstance(seen, Result)
+    assert seen.labels[0].name == "red"
+    assert isinstance(computed, Result)
+    assert np.frombuffer(computed.outputs[0].data, np.float32).tolist() == [0, 1, 0]
+    computed.release()

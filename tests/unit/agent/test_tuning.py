@@ -261,3 +261,9 @@ def test_what_is_known_of_a_tenants_uploads_is_bounded(tmp_path: Path) -> None:
         assert notebook.memory_bytes("tenant", "999", kept=False) == 999
         assert notebook.get("tenant", "0", kept=False) is None
         assert notebook.get("tenant", "900", kept=False) is not None
+
+
+def test_pictures_for_one_operation_have_one_form_whatever_their_size() -> None:
+    small, large = (operations.picture("classify", "m", bytes(size), 5, deadline_s=None) for size in (10, 1000))
+    assert form_of(small) == form_of(large) == ("classify", 1)
+    assert form_of(operations.picture("detect", "m", b"x", 5, deadline_s=None))[0] != form_of(small)[0]
