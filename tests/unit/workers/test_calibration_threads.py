@@ -1,4 +1,4 @@
-"""What threads a model likes must not be decided by what else runs on the machine, or by a budget that ran out."""
+"""How a model likes to be run must not be decided by what else runs on the machine, or by a budget that ran out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from remora.backends.contract import Array, Exposure, Spec, Stop
 from remora.errors import CancelledError
-from remora.workers.calibration import Budget, by_threads
+from remora.workers.calibration import Budget, by_threads, curve
 
 INPUTS = (Spec("input", "float32", (1, 4)),)
 
@@ -77,3 +77,22 @@ def test_a_budget_that_runs_out_is_no_verdict() -> None:
         raise CancelledError("the run was stopped")
 
     assert rates(take, budget_s=0.05) == {}
+
+
+def test_what_a_run_waited_for_is_not_what_it_took() -> None:
+    """A busy machine must not make a run of two rows look quicker than one of one row."""
+    waits = iter([0.02, 0.0, 0.02, 0.0, 0.02, 0.0, 0.02, 0.0, 0.02, 0.0])
+
+    def take(_stop: Stop) -> None:
+        until_s = time.thread_time() + 0.002
+        while time.thread_time() < until_s:
+            pass
+        time.sleep(next(waits, 0.0))
+
+    budget = Budget(2.0)
+    try:
+        found = curve(FakeModel(take, "cpu"), INPUTS, ["input"], budget, 2)
+    finally:
+        budget.close()
+    assert found[1] == pytest.approx(2000, rel=0.5)
+    assert found[2] == pytest.approx(2000, rel=0.5)
