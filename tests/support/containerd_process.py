@@ -17,6 +17,7 @@ from types import TracebackType
 from container_images import busybox_layer, file_layer, write_archive
 from cri_client import Cri, CriError
 from cri_v1 import Empty, SandboxList
+from node_network import within
 from remora.sandboxes.leftovers import find_leftovers
 from remora.shim import launcher
 
@@ -41,7 +42,7 @@ state = "{base}/state"
     conf_dir = "{base}/cni"
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "overlayfs"
-    default_runtime_name = "remora"
+    default_runtime_name = "{default_runtime}"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.remora]
@@ -79,7 +80,9 @@ state = "{base}/state"
     bin_dirs = ["/usr/lib/cni"]
     conf_dir = "{base}/cni"
   [plugins."io.containerd.cri.v1.runtime".containerd]
-    default_runtime_name = "remora"
+    default_runtime_name = "{default_runtime}"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.remora]
       runtime_type = "io.containerd.remora.v2"
       pod_annotations = ["io.remora.*"]
@@ -122,17 +125,25 @@ def missing() -> list[str]:
 class Containerd:
     """`with Containerd() as containerd:` starts one and ends it with everything that it started."""
 
-    def __init__(self, index: int = os.getpid() % 200) -> None:
+    def __init__(
+        self,
+        index: int = os.getpid() % 200,
+        *,
+        netns: str = "",
+        subnet: str = "",
+        default_runtime: str = "remora",
+    ) -> None:
+        self._netns = netns
         self.base = Path(tempfile.mkdtemp(prefix="remora-ctd-"))
         self.bridge = f"rmt{index}x{os.getpid() % 100000}"
-        self.subnet = f"10.213.{index + 1}"
+        self.subnet = subnet or f"10.213.{index + 1}"
         self.runtime = self.base / "r"
         self._process: subprocess.Popen[bytes] | None = None
         self._cri: Cri | None = None
         for name in ("bin", "cni", "logs"):
             (self.base / name).mkdir()
         config = _CONFIG_2 if self.version.startswith("2.") else _CONFIG
-        (self.base / "config.toml").write_text(config.format(base=self.base))
+        (self.base / "config.toml").write_text(config.format(base=self.base, default_runtime=default_runtime))
         (self.base / "runtime.toml").write_text(_RUNTIME)
         cni = _CNI.format(base=self.base, bridge=self.bridge, subnet=self.subnet)
         (self.base / "cni" / "10-test.conflist").write_text(cni)
@@ -182,7 +193,7 @@ class Containerd:
         }
         with (self.base / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [BINARY, "-c", str(self.base / "config.toml")],
+                within(self._netns, [BINARY, "-c", str(self.base / "config.toml")]),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -9,61 +9,60 @@ import subprocess
 import sys
 from pathlib import Path
 
-MODULE = Path(__file__).parent.parent / "kubernetes" / "binaries"
-PACKAGES = {
-    "etcd": "go.etcd.io/etcd/server/v3",
+_KUBERNETES = Path(__file__).parent.parent / "kubernetes"
+#: For each program its module of ours, the module that tells its version, and its package.
+PROGRAMS = {
+    "etcd": ("binaries", "k8s.io/kubernetes", "go.etcd.io/etcd/server/v3"),
     **{
-        name: f"k8s.io/kubernetes/cmd/{name}"
+        name: ("binaries", "k8s.io/kubernetes", f"k8s.io/kubernetes/cmd/{name}")
         for name in ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl")
     },
+    "coredns": ("coredns", "github.com/coredns/coredns", "."),
 }
 #: The first build compiles some 3,000 packages.
 BUILD_S = 5400.0
 
 
-def version() -> str:
-    """Return the release of Kubernetes that the module names."""
-    match = re.search(r"k8s\.io/kubernetes v(\S+)", (MODULE / "go.mod").read_text())
+def version(program: str) -> str:
+    """Return the release that the program's module names: `1.34.4`."""
+    folder, module, _ = PROGRAMS[program]
+    match = re.search(rf"{module} v(\S+)", (_KUBERNETES / folder / "go.mod").read_text())
     assert match is not None
     return match[1]
 
 
-def cache() -> Path:
-    """Return where the built programs are kept: outside the tree, by version."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "remora" / "kubernetes" / version()
-
-
-def find() -> dict[str, Path]:
-    """Return the programs that are there: all from PATH, or all from the cache; empty if neither has all."""
-    on_path = {name: shutil.which(name) for name in PACKAGES}
-    if all(on_path.values()):
-        return {name: Path(path) for name, path in on_path.items() if path}
-    cached = {name: cache() / name for name in PACKAGES}
-    return cached if all(path.is_file() for path in cached.values()) else {}
+def cached(program: str) -> Path:
+    """Return where the built program is kept: outside the tree, by version."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remora"
+    folder = "kubernetes" if PROGRAMS[program][0] == "binaries" else program
+    return base / folder / version(program) / program
 
 
 def build() -> dict[str, Path]:
-    """Build what is not there yet; says what it does, because it takes long."""
-    if found := find():
-        return found
+    """Return the programs: all from PATH, or else from the cache, where what is missing is built, which takes long."""
+    on_path = {name: shutil.which(name) for name in PROGRAMS}
+    if all(on_path.values()):
+        return {name: Path(path) for name, path in on_path.items() if path}
+    for name in PROGRAMS:
+        if not cached(name).is_file():
+            _build(name)
+    return {name: cached(name) for name in PROGRAMS}
+
+
+def _build(name: str) -> None:
     go = shutil.which("go")
     if go is None:
-        raise FileNotFoundError("go is not installed, and no Kubernetes programs are on PATH")
-    place = cache()
-    place.mkdir(parents=True, exist_ok=True)
-    for name, package in PACKAGES.items():
-        if (place / name).is_file():
-            continue
-        print(f"building {name} {version()} ...", file=sys.stderr, flush=True)
-        draft = place / f".{name}"
-        flags = ["-trimpath", "-ldflags", f"-s -w -X k8s.io/component-base/version.gitVersion=v{version()}"]
-        environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=mod"}
-        subprocess.run(
-            [go, "build", *flags, "-o", str(draft), package], cwd=MODULE, env=environment, check=True, timeout=BUILD_S
-        )
-        draft.rename(place / name)
-    return find()
+        raise FileNotFoundError(f"go is not installed, and neither PATH nor {cached(name).parent} has {name}")
+    print(f"building {name} {version(name)} ...", file=sys.stderr, flush=True)
+    folder, _, package = PROGRAMS[name]
+    place = cached(name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = place.with_name(f".{name}")
+    flags = ["-trimpath", "-ldflags", f"-s -w -X k8s.io/component-base/version.gitVersion=v{version(name)}"]
+    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=mod -buildvcs=false"}
+    command = [go, "build", *flags, "-o", str(draft), package]
+    subprocess.run(command, cwd=_KUBERNETES / folder, env=environment, check=True, timeout=BUILD_S)
+    draft.rename(place)
 
 
 if __name__ == "__main__":

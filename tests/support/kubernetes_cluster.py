@@ -1,60 +1,35 @@
-"""A small real Kubernetes: one control plane and one kubelet on this machine, on a containerd that knows Remora.
+"""A small real Kubernetes: a control plane on this machine, and nodes in network namespaces of their own.
 
-Everything lies below one temporary folder and listens on loopback; callers are told apart by static tokens, because the
-cluster lives for one test run and nobody else reaches it.
+It all lies in temporary folders and listens on a bridge that is made for it. Callers are told apart by static tokens,
+because the cluster lives for one test run; what pods are and kube-proxy may do is told by RBAC as anywhere.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from containerd_process import Containerd
+from authority import Authority
+from kubernetes_node import Node
+from long_runners import LongRunners
+from node_network import SERVICES, NodeNetwork
 
 READY_S = 180.0
-NODE = "remora-node"
-SERVICES = "10.214.0.0/16"
-_KUBELET = """\
-apiVersion: kubelet.config.k8s.io/v1beta1
-kind: KubeletConfiguration
-authentication: {{anonymous: {{enabled: true}}, webhook: {{enabled: false}}}}
-authorization: {{mode: AlwaysAllow}}
-address: {node}
-port: {port}
-healthzPort: 0
-readOnlyPort: 0
-containerRuntimeEndpoint: unix://{base}/c.sock
-cgroupDriver: cgroupfs
-cgroupRoot: {cgroup}
-cgroupsPerQOS: true
-enforceNodeAllocatable: []
-failCgroupV1: false
-failSwapOn: false
-podLogsDir: {base}/pod-logs
-staticPodPath: ""
-clusterDNS: ["10.214.0.10"]
-clusterDomain: cluster.local
-resolvConf: {base}/resolv.conf
-evictionHard: {{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}}
-syncFrequency: 10s
-nodeStatusUpdateFrequency: 5s
-shutdownGracePeriod: 0s
-"""
 _KUBECONFIG = """\
 apiVersion: v1
 kind: Config
-clusters: [{{name: test, cluster: {{server: "https://127.0.0.1:{port}", insecure-skip-tls-verify: true}}}}]
+clusters: [{{name: test, cluster: {{server: "{server}", certificate-authority: "{ca}"}}}}]
 users: [{{name: {user}, user: {{token: {token}}}}}]
 contexts: [{{name: test, context: {{cluster: test, user: {user}}}}}]
 current-context: test
@@ -62,19 +37,18 @@ current-context: test
 
 
 class Cluster:
-    """`with Cluster(binaries, containerd) as cluster:` runs one; at its end no process of it is left."""
+    """`with Cluster(binaries) as cluster:` runs one; at its end nothing of it is left."""
 
-    def __init__(self, binaries: Mapping[str, Path], containerd: Containerd) -> None:
+    def __init__(self, binaries: Mapping[str, Path], nodes: int = 2) -> None:
         self._binaries = binaries
-        self.containerd = containerd
-        self.base = containerd.base
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._ports = _free_ports(5)
-        self._tokens = {name: secrets.token_hex(16) for name in ("admin", "controller", "scheduler", "node")}
-        self._cgroup = f"/remora-test-{os.getpid()}"
-        #: The kubelet takes no loopback address for its node, so the node has an interface of its own.
-        self._interface = f"rmk{os.getpid() % 100000}"
-        self._node = f"10.215.{os.getpid() % 250}.1"
+        self._count = nodes
+        self._network = NodeNetwork()
+        self._tokens: list[str] = []
+        self.base = Path(tempfile.mkdtemp(prefix="remora-kube-"))
+        self._runners = LongRunners(self.base / "logs")
+        self._etcd, self._peer, self._port, self._manager = _free_ports(4)
+        self.server = f"https://{self._network.address}:{self._port}"
+        self.nodes: list[Node] = []
 
     def __enter__(self) -> Cluster:
         try:
@@ -91,9 +65,14 @@ class Cluster:
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
-    def kubectl(self, *arguments: str, stdin: str = "", timeout_s: float = 120.0) -> str:
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's."""
+        return self.base / "admin.conf"
+
+    def kubectl(self, *arguments: str, stdin: str = "", timeout_s: float = 180.0) -> str:
         done = subprocess.run(
-            [str(self._binaries["kubectl"]), f"--kubeconfig={self.base}/admin.conf", *arguments],
+            [str(self._binaries["kubectl"]), f"--kubeconfig={self.kubeconfig}", *arguments],
             input=stdin,
             capture_output=True,
             text=True,
@@ -113,181 +92,148 @@ class Cluster:
     def wait(self, what: str, done: Any, timeout_s: float = READY_S) -> Any:
         """Ask `done` until it answers something true."""
         deadline_s = time.monotonic() + timeout_s
+        problem = ""
         while True:
             try:
                 if answer := done():
                     return answer
-            except RuntimeError:
-                pass  # the API server is not there yet, or the object is not
-            assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {what}\n{self.tails()}"
+            except RuntimeError as error:
+                problem = str(error)  # the API server is not there yet, or the object is not
+            assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {what} {problem}\n{self.tails()}"
             time.sleep(0.2)
 
     def ready_pods(self, selector: str, namespace: str = "default") -> list[dict[str, Any]]:
         items = self.get("pods", "-n", namespace, "-l", selector)["items"]
-        return [pod for pod in items if _is_ready(pod) and "deletionTimestamp" not in pod["metadata"]]
+        return [pod for pod in items if is_ready(pod) and "deletionTimestamp" not in pod["metadata"]]
+
+    def node(self, name: str) -> Node:
+        return next(node for node in self.nodes if node.name == name)
+
+    def leftovers(self) -> list[str]:
+        """Return what pods have on any node."""
+        return [f"{node.name}: {line}" for node in self.nodes for line in node.leftovers()]
 
     def tails(self) -> str:
-        logs = sorted((self.base / "kube-logs").glob("*.log"))
-        return "\n".join(f"--- {log.name}\n" + log.read_text(errors="replace")[-1500:] for log in logs)
+        return "\n".join([self._runners.tails(), *(node.tails() for node in self.nodes)])
 
     # -- the parts --------------------------------------------------------------------------------------------------
 
     def restart(self, name: str, signum: int = signal.SIGKILL) -> None:
-        """End one part and start it again, as an upgrade or a crash would."""
-        self._end(name, signum)
-        getattr(self, f"_start_{name.replace('-', '_').removeprefix('kube_')}")()
+        """End one part of the control plane and start it again."""
+        self._runners.restart(name, signum)
 
     def _start(self) -> None:
-        (self.base / "kube-logs").mkdir()
-        (self.base / "pod-logs").mkdir()
-        (self.base / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+        self._network.start()
+        self._authority = Authority(self.base / "pki")
         key = self.base / "sa.key"
         subprocess.run(["openssl", "genrsa", "-out", str(key), "2048"], check=True, capture_output=True)
-        groups = {"node": ("system:nodes", f"system:node:{NODE}"), "controller": ("system:masters", "controller")}
-        rows = []
-        for name, token in self._tokens.items():
-            group, user = groups.get(name, ("system:masters", name))
-            rows.append(f"{token},{user},{name},{group}")
-            config = _KUBECONFIG.format(port=self._ports[2], user=name, token=token)
-            (self.base / f"{name}.conf").write_text(config)
-        (self.base / "tokens.csv").write_text("\n".join(rows) + "\n")
-        subprocess.run(["ip", "link", "add", self._interface, "type", "bridge"], check=True)
-        subprocess.run(["ip", "addr", "add", f"{self._node}/32", "dev", self._interface], check=True)
-        subprocess.run(["ip", "link", "set", self._interface, "up"], check=True)
+        admin = self._user("admin", "system:masters")
+        self.kubeconfig.write_text(admin)
+        for name in ("kube-controller-manager", "kube-scheduler"):
+            (self.base / f"{name}.conf").write_text(self._user(name, "system:masters"))
+        proxy = self._user("system:kube-proxy", "")
+        names = [f"remora-node-{index}" for index in range(self._count)]
+        kubelets = {name: self._user(f"system:node:{name}", "system:nodes") for name in names}
+        (self.base / "tokens.csv").write_text("".join(self._tokens))
         self._start_etcd()
-        self._start_apiserver()
+        self._start_apiserver(key)
         self.wait("the API server", lambda: self.kubectl("get", "--raw", "/readyz") == "ok")
-        self._start_controller_manager()
-        self._start_scheduler()
-        self._start_kubelet()
-        self.wait("the node", lambda: _is_ready(self.get("node", NODE)))
+        self._start_controller_manager(key)
+        self._run("kube-scheduler", f"--kubeconfig={self.base}/kube-scheduler.conf", "--leader-elect=false")
+        for index, name in enumerate(names):
+            node = Node(index, self._binaries, self._network)
+            self.nodes.append(node)
+            node.start({"kubelet": kubelets[name], "kube-proxy": proxy})
+        for name in names:
+            self.wait(name, lambda name=name: is_ready(self.get("node", name)))
         self.wait("the default service account", lambda: self.get("serviceaccount", "default"))
 
+    def _user(self, name: str, group: str) -> str:
+        """Make a user; return the kubeconfig that makes one him."""
+        token = secrets.token_hex(16)
+        self._tokens.append(f'{token},{name},{name},"{group}"\n')
+        ca = self._authority.certificate
+        return _KUBECONFIG.format(server=self.server, ca=ca, user=name, token=token)
+
+    def _run(self, name: str, *arguments: str) -> None:
+        self._runners.start(name, [str(self._binaries[name]), *arguments])
+
     def _start_etcd(self) -> None:
-        client, peer = self._ports[:2]
-        self._spawn(
+        client, peer = f"http://127.0.0.1:{self._etcd}", f"http://127.0.0.1:{self._peer}"
+        self._run(
             "etcd",
             f"--data-dir={self.base}/etcd",
-            f"--listen-client-urls=http://127.0.0.1:{client}",
-            f"--advertise-client-urls=http://127.0.0.1:{client}",
-            f"--listen-peer-urls=http://127.0.0.1:{peer}",
-            f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}",
-            f"--initial-cluster=default=http://127.0.0.1:{peer}",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=default={peer}",
             "--unsafe-no-fsync",
         )
 
-    def _start_apiserver(self) -> None:
-        key = f"{self.base}/sa.key"
-        self._spawn(
+    def _start_apiserver(self, key: Path) -> None:
+        address = self._network.address
+        first = SERVICES.replace("0.0/16", "0.1")
+        names = f"IP:{address},IP:{first},DNS:kubernetes.default.svc,DNS:kubernetes.default"
+        certificate, private = self._authority.issue("apiserver", alternative=names)
+        front = Authority(self.base / "front-pki", "front proxy authority")
+        proxy, proxy_key = front.issue("front-proxy-client")
+        self._run(
             "kube-apiserver",
-            f"--etcd-servers=http://127.0.0.1:{self._ports[0]}",
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
-            f"--secure-port={self._ports[2]}",
-            f"--cert-dir={self.base}/apiserver",
+            f"--etcd-servers=http://127.0.0.1:{self._etcd}",
+            f"--bind-address={address}",
+            f"--advertise-address={address}",
+            f"--secure-port={self._port}",
+            f"--tls-cert-file={certificate}",
+            f"--tls-private-key-file={private}",
             f"--token-auth-file={self.base}/tokens.csv",
             f"--service-account-key-file={key}",
             f"--service-account-signing-key-file={key}",
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-cluster-ip-range={SERVICES}",
             "--authorization-mode=Node,RBAC",
-            "--endpoint-reconciler-type=none",
             "--kubelet-preferred-address-types=InternalIP",
             "--allow-privileged=true",
+            # Other API servers behind this one: custom.metrics.k8s.io.
+            f"--requestheader-client-ca-file={front.certificate}",
+            "--requestheader-allowed-names=front-proxy-client",
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+            "--requestheader-group-headers=X-Remote-Group",
+            "--requestheader-username-headers=X-Remote-User",
+            f"--proxy-client-cert-file={proxy}",
+            f"--proxy-client-key-file={proxy_key}",
+            "--enable-aggregator-routing=true",
         )
 
-    def _start_controller_manager(self) -> None:
-        self._spawn(
+    def _start_controller_manager(self, key: Path) -> None:
+        self._run(
             "kube-controller-manager",
-            f"--kubeconfig={self.base}/controller.conf",
-            f"--service-account-private-key-file={self.base}/sa.key",
+            f"--kubeconfig={self.base}/kube-controller-manager.conf",
+            f"--service-account-private-key-file={key}",
+            f"--root-ca-file={self._authority.certificate}",
             "--use-service-account-credentials=false",
             "--bind-address=127.0.0.1",
-            f"--secure-port={self._ports[4]}",
+            f"--secure-port={self._manager}",
             f"--cert-dir={self.base}/controller",
             "--leader-elect=false",
-            # A test scales up and down within a minute.
-            "--horizontal-pod-autoscaler-sync-period=5s",
+            # A test scales up and down within minutes.
+            "--horizontal-pod-autoscaler-sync-period=3s",
             "--horizontal-pod-autoscaler-downscale-stabilization=10s",
+            "--horizontal-pod-autoscaler-initial-readiness-delay=5s",
             "--node-monitor-grace-period=40s",
         )
 
-    def _start_scheduler(self) -> None:
-        self._spawn(
-            "kube-scheduler", f"--kubeconfig={self.base}/scheduler.conf", "--leader-elect=false", "--secure-port=0"
-        )
-
-    def _start_kubelet(self) -> None:
-        config = self.base / "kubelet.yaml"
-        config.write_text(_KUBELET.format(base=self.base, node=self._node, port=self._ports[3], cgroup=self._cgroup))
-        self._make_cgroups()
-        self._spawn(
-            "kubelet",
-            f"--config={config}",
-            f"--kubeconfig={self.base}/node.conf",
-            f"--root-dir={self.base}/kubelet",
-            f"--cert-dir={self.base}/kubelet-certs",
-            f"--hostname-override={NODE}",
-            f"--node-ip={self._node}",
-        )
-
-    def _make_cgroups(self) -> None:
-        for mount in Path("/proc/self/mountinfo").read_text().splitlines():
-            fields, _, kind = mount.partition(" - ")
-            if kind.startswith(("cgroup ", "cgroup2 ")):
-                root = Path(fields.split(" ")[4]) / self._cgroup.lstrip("/")
-                with contextlib.suppress(OSError):
-                    root.mkdir(exist_ok=True)
-                if "cpuset" in kind:
-                    for name in ("cpuset.cpus", "cpuset.mems"):
-                        with contextlib.suppress(OSError):
-                            (root / name).write_text((root.parent / name).read_text())
-
-    def _spawn(self, name: str, *arguments: str) -> None:
-        with (self.base / "kube-logs" / f"{name}.log").open("ab") as log:
-            self._processes[name] = subprocess.Popen(
-                [str(self._binaries[name]), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=self.base,
-            )
-
-    def _end(self, name: str, signum: int) -> None:
-        process = self._processes.pop(name, None)
-        if process is None:
-            return
-        process.send_signal(signum)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
     def close(self) -> None:
-        if sys.exc_info()[0] is not None and (self.base / "kube-logs").is_dir():
+        if sys.exc_info()[0] is not None:
             print(self.tails(), file=sys.stderr)
-        for name in ("kubelet", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"):
-            self._end(name, signal.SIGTERM)
-        subprocess.run(["ip", "link", "del", self._interface], capture_output=True, check=False)
-        for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
-            target = line.split(" ")[1]
-            if target.startswith(f"{self.base}/kubelet"):
-                subprocess.run(["umount", "-l", target], capture_output=True, check=False)
-        self._remove_cgroups()
-
-    def _remove_cgroups(self) -> None:
-        for mount in Path("/proc/self/mountinfo").read_text().splitlines():
-            fields, _, kind = mount.partition(" - ")
-            if kind.startswith(("cgroup ", "cgroup2 ")):
-                root = Path(fields.split(" ")[4]) / self._cgroup.lstrip("/")
-                for directory, _, _ in os.walk(root, topdown=False):
-                    with contextlib.suppress(OSError):
-                        os.rmdir(directory)
+        for node in reversed(self.nodes):
+            node.close()
+        self._runners.close()
+        self._network.close()
+        shutil.rmtree(self.base)
 
 
-def _is_ready(thing: Mapping[str, Any]) -> bool:
+def is_ready(thing: Mapping[str, Any]) -> bool:
     conditions: Sequence[Mapping[str, str]] = thing.get("status", {}).get("conditions", ())
     return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
