@@ -4,10 +4,11 @@
     {"labels": [[207, "golden retriever", 0.86], ...], "ms": 14.2}
 
 One session serves all requests; `GET /healthz` is for probes and asks the agent. In a pod of runtime class `remora`
-the accelerator's address is in the environment already.
+the accelerator's address is in the environment already. SIGTERM: requests under way are answered, then it ends.
 """
 
 import json
+import signal
 import sys
 import threading
 import time
@@ -19,8 +20,17 @@ PORT = 8080
 MAX_BYTES = 32 << 20
 
 
+class Server(ThreadingHTTPServer):
+    #: Connections that wait to be accepted; the default of 5 has callers of a busy pod wait for a second and more.
+    request_queue_size = 128
+    #: Those of requests under way are waited for at the end.
+    daemon_threads = False
+
+
 class Service(BaseHTTPRequestHandler):
     session: "remora.Session | None" = None
+    #: Seconds that a caller may be silent.
+    timeout = 30
 
     def do_GET(self) -> None:
         try:
@@ -40,7 +50,7 @@ class Service(BaseHTTPRequestHandler):
         try:
             labels = self._open_session().classify(picture, top=5)
         except remora.RemoraError as error:
-            self._answer(503, {"error": str(error)})
+            self._answer(error.http_status, {"error": str(error)})
             return
         found = [[label.index, label.name, round(label.score, 4)] for label in labels]
         self._answer(200, {"labels": found, "ms": round((time.perf_counter() - start) * 1000, 3)})
@@ -63,18 +73,21 @@ class Service(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    server = ThreadingHTTPServer(("", PORT), Service)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    server = Server(("", PORT), Service)
     # Accepts while the session is opened: a probe sees a slow answer instead of a refused connection.
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    while True:
+    while Service.session is None and not ended.is_set():
         try:
             Service.session = remora.connect()
-            break
+            print("ready", flush=True)
         except remora.UnavailableError as error:
             print(f"waiting for the agent: {error}", file=sys.stderr, flush=True)
-            time.sleep(1)
-    print("ready", flush=True)
-    threading.Event().wait()
+            ended.wait(1)
+    ended.wait()
+    server.shutdown()
+    server.server_close()
 
 
 if __name__ == "__main__":

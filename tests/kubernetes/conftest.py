@@ -9,14 +9,24 @@ from collections.abc import Iterator
 import pytest
 
 import kubernetes_binaries
-from containerd_process import Containerd, missing
+from cluster_objects import RUNTIME_CLASS, add_dns_image, dns
+from containerd_process import missing
 from kubernetes_cluster import Cluster
+from pod_agent import Agent, add_service_image
 from remora import paths
 from remora.sandboxes.guest_files import guest_files
 
+#: What the agents of the nodes allow: everything, but not to everyone.
+POLICY = """\
+[[label]]
+match = { namespace = "restricted" }
+operations = ["infer"]
+"""
+
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes, kube-proxy, DNS, the runtime class, and the service's image."""
     if not os.environ.get("REMORA_TEST_KUBERNETES"):
         pytest.skip("a cluster of its own: make test-kubernetes")
     lacking = missing()
@@ -24,5 +34,25 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(f"the cluster needs {', '.join(lacking)}: run scripts/system-packages.sh as root")
     binaries = kubernetes_binaries.build()
     guest_files(paths.state_dir())
-    with Containerd() as containerd, Cluster(binaries, containerd) as one:
+    with Cluster(binaries) as one:
+        for node in one.nodes:
+            add_dns_image(node.containerd, binaries["coredns"])
+            add_service_image(node.containerd, tmp_path_factory.mktemp(node.name))
+        one.apply(RUNTIME_CLASS, *dns())
+        one.wait("DNS", lambda: one.ready_pods("k8s-app=kube-dns", "kube-system"))
         yield one
+
+
+@pytest.fixture(scope="session")
+def agents(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Agent]]:
+    """The agent of each node, by the node's name."""
+    found: dict[str, Agent] = {}
+    for node in cluster.nodes:
+        directory = tmp_path_factory.mktemp(f"agent-{node.name}")
+        policy = directory / "agent.toml"
+        policy.write_text(POLICY)
+        found[node.name] = Agent(node.containerd, directory / "state", "--config", str(policy))
+        found[node.name].start()
+    yield found
+    for agent in found.values():
+        agent.stop()

@@ -1,7 +1,10 @@
 """A real Kubernetes control plane without nodes: etcd, kube-apiserver with its aggregation layer, and the controllers.
 
 Pods are made by the controllers and run nowhere; `run_pods` writes the status that a kubelet would. For what concerns
-the API alone: a cluster that runs pods is `kubernetes_cluster`.
+the API alone: `kubernetes_cluster` adds nodes that run pods.
+
+Callers are told apart by static tokens, because it lives for one test run; what they may do is told by RBAC as
+anywhere.
 """
 
 from __future__ import annotations
@@ -15,58 +18,67 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from authority import Authority
+from long_runners import LongRunners
+from node_network import SERVICES
 
 _KUBECONFIG = """\
 apiVersion: v1
 kind: Config
-clusters: [{{name: test, cluster: {{server: "https://127.0.0.1:{port}", insecure-skip-tls-verify: true}}}}]
-users: [{{name: admin, user: {{token: {token}}}}}]
-contexts: [{{name: test, context: {{cluster: test, user: admin}}}}]
+clusters: [{{name: test, cluster: {{server: "{server}", certificate-authority: "{ca}"}}}}]
+users: [{{name: "{user}", user: {{token: {token}}}}}]
+contexts: [{{name: test, context: {{cluster: test, user: "{user}"}}}}]
 current-context: test
 """
-_READY_S = 90.0
+READY_S = 180.0
 
 
 class ApiOnlyCluster:
     """`with ApiOnlyCluster(binaries, directory) as plane:`; at its end no process of it is left."""
 
-    def __init__(self, binaries: Mapping[str, Path], directory: Path) -> None:
-        self._binaries = binaries
+    def __init__(self, binaries: Mapping[str, Path], directory: Path, address: str = "127.0.0.1") -> None:
+        self.binaries = binaries
         self.directory = directory
-        self.token = secrets.token_hex(16)
+        self.address = address
         self.front_proxy = Authority(directory / "front-proxy", "front proxy")
-        self._ports = [_free_port() for _ in range(4)]
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self.url = f"https://127.0.0.1:{self._ports[2]}"
+        self._issuer = Authority(directory / "pki", "cluster")
+        self._runners = LongRunners(directory / "logs")
+        self._etcd, self._peer, self._port, self._controllers = _free_ports(4)
+        self._tokens: list[str] = []
+        self.url = f"https://{address}:{self._port}"
+        self.token = self._issue_token("admin", "system:masters")
+        self.kubeconfig = self._write_kubeconfig("admin", self.token)
 
     @property
     def authority(self) -> Path:
         """Certificate of whoever issued kube-apiserver's."""
-        return self.directory / "apiserver" / "apiserver.crt"
+        return self._issuer.certificate
 
-    def __enter__(self) -> ApiOnlyCluster:
+    def __enter__(self) -> Self:
         try:
-            self._start()
+            self.start()
         except BaseException:
-            self._end()
+            print(self.tails())
+            self.close()
             raise
         return self
 
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._end()
+        self.close()
 
-    def kubectl(self, *arguments: str, stdin: str = "") -> str:
+    # -- asking -----------------------------------------------------------------------------------------------------
+
+    def kubectl(self, *arguments: str, stdin: str = "", timeout_s: float = 180.0) -> str:
         done = subprocess.run(
-            [str(self._binaries["kubectl"]), f"--kubeconfig={self.directory}/admin.conf", *arguments],
+            [str(self.binaries["kubectl"]), f"--kubeconfig={self.kubeconfig}", *arguments],
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout_s,
             check=False,
         )
         if done.returncode:
@@ -79,7 +91,7 @@ class ApiOnlyCluster:
     def apply(self, *objects: Mapping[str, Any]) -> None:
         self.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": [*objects]}))
 
-    def wait(self, what: str, done: Callable[[], Any], timeout_s: float = _READY_S) -> Any:
+    def wait(self, what: str, done: Callable[[], Any], timeout_s: float = READY_S) -> Any:
         """Ask `done` until it answers something true."""
         deadline_s = time.monotonic() + timeout_s
         while True:
@@ -87,10 +99,10 @@ class ApiOnlyCluster:
                 if answer := done():
                     return answer
             except RuntimeError as error:
-                said = str(error)
+                said = str(error)  # the API server is not there yet, or the object is not
             else:
                 said = ""
-            assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {what} {said}"
+            assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {what} {said}\n{self.tails()}"
             time.sleep(0.2)
 
     def run_pods(self, selector: str) -> list[str]:
@@ -108,86 +120,111 @@ class ApiOnlyCluster:
                 self.kubectl("patch", "pod", name, "--subresource=status", "-p", json.dumps({"status": status}))
         return sorted(names)
 
-    def _start(self) -> None:
+    def tails(self) -> str:
+        """Return the last lines of every part's log."""
+        return self._runners.tails()
+
+    # -- the parts --------------------------------------------------------------------------------------------------
+
+    def add_user(self, name: str, group: str = "") -> Path:
+        """Make a user, before the start; return the kubeconfig that makes one him."""
+        return self._write_kubeconfig(name, self._issue_token(name, group))
+
+    def _issue_token(self, name: str, group: str) -> str:
+        token = secrets.token_hex(16)
+        self._tokens.append(f'{token},{name},{name},"{group}"\n')
+        return token
+
+    def _write_kubeconfig(self, name: str, token: str) -> Path:
+        path = self.directory / f"{name.replace(':', '-')}.conf"
+        path.write_text(_KUBECONFIG.format(server=self.url, ca=self.authority, user=name, token=token))
+        return path
+
+    def restart(self, name: str, signum: int = signal.SIGKILL) -> None:
+        """End one part and start it again, as an upgrade or a crash would."""
+        self._runners.restart(name, signum)
+
+    def start(self) -> None:
+        (self.directory / "tokens.csv").write_text("".join(self._tokens))
         key = self.directory / "sa.key"
         subprocess.run(["openssl", "genrsa", "-out", str(key), "2048"], check=True, capture_output=True)
-        (self.directory / "tokens.csv").write_text(f"{self.token},admin,admin,system:masters\n")
-        config = self.directory / "admin.conf"
-        config.write_text(_KUBECONFIG.format(port=self._ports[2], token=self.token))
-        client, peer, port, controllers = self._ports
-        self._spawn(
+        client, peer = (f"http://127.0.0.1:{port}" for port in (self._etcd, self._peer))
+        self.run(
             "etcd",
             f"--data-dir={self.directory}/etcd",
-            f"--listen-client-urls=http://127.0.0.1:{client}",
-            f"--advertise-client-urls=http://127.0.0.1:{client}",
-            f"--listen-peer-urls=http://127.0.0.1:{peer}",
-            f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}",
-            f"--initial-cluster=default=http://127.0.0.1:{peer}",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=default={peer}",
             "--unsafe-no-fsync",
         )
-        certificate, proxy_key = self.front_proxy.issue("front-proxy-client")
-        self._spawn(
-            "kube-apiserver",
-            f"--etcd-servers=http://127.0.0.1:{client}",
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
-            f"--secure-port={port}",
-            f"--cert-dir={self.directory}/apiserver",
-            f"--token-auth-file={self.directory}/tokens.csv",
-            f"--service-account-key-file={key}",
-            f"--service-account-signing-key-file={key}",
-            "--service-account-issuer=https://kubernetes.default.svc",
-            "--service-cluster-ip-range=10.216.0.0/16",
-            "--authorization-mode=RBAC",
-            "--endpoint-reconciler-type=none",
-            f"--requestheader-client-ca-file={self.front_proxy.certificate}",
-            "--requestheader-allowed-names=front-proxy-client",
-            "--requestheader-username-headers=X-Remote-User",
-            "--requestheader-group-headers=X-Remote-Group",
-            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
-            f"--proxy-client-cert-file={certificate}",
-            f"--proxy-client-key-file={proxy_key}",
-        )
+        self.run("kube-apiserver", *self._apiserver_arguments(key, client))
         self.wait("the API server", lambda: self.kubectl("get", "--raw", "/readyz") == "ok")
-        self._spawn(
+        self.run(
             "kube-controller-manager",
-            f"--kubeconfig={config}",
+            f"--kubeconfig={self.kubeconfig}",
             f"--service-account-private-key-file={key}",
+            f"--root-ca-file={self.authority}",
             "--use-service-account-credentials=false",
             "--bind-address=127.0.0.1",
-            f"--secure-port={controllers}",
+            f"--secure-port={self._controllers}",
             f"--cert-dir={self.directory}/controllers",
             "--leader-elect=false",
+            # A test scales up and down within a minute or two.
             "--horizontal-pod-autoscaler-sync-period=1s",
             "--horizontal-pod-autoscaler-downscale-stabilization=2s",
             "--horizontal-pod-autoscaler-initial-readiness-delay=0s",
         )
         self.wait("the default service account", lambda: self.get("serviceaccount", "default"))
 
-    def _spawn(self, name: str, *arguments: str) -> None:
-        with (self.directory / f"{name}.log").open("wb") as log:
-            self._processes.append(
-                subprocess.Popen(
-                    [str(self._binaries[name]), *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=self.directory,
-                )
-            )
+    def _apiserver_arguments(self, key: Path, etcd: str) -> list[str]:
+        inside = SERVICES.replace("0.0/16", "0.1")
+        names = f"IP:{self.address},IP:{inside},DNS:kubernetes.default.svc,DNS:kubernetes.default"
+        certificate, private = self._issuer.issue("apiserver", alternative=names)
+        proxy, proxy_key = self.front_proxy.issue("front-proxy-client")
+        # Pods cannot reach a loopback address, so the service `kubernetes` gets none.
+        loopback = ["--endpoint-reconciler-type=none"] if self.address == "127.0.0.1" else []
+        return [
+            f"--etcd-servers={etcd}",
+            f"--bind-address={self.address}",
+            f"--advertise-address={self.address}",
+            f"--secure-port={self._port}",
+            f"--tls-cert-file={certificate}",
+            f"--tls-private-key-file={private}",
+            f"--token-auth-file={self.directory}/tokens.csv",
+            f"--service-account-key-file={key}",
+            f"--service-account-signing-key-file={key}",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            f"--service-cluster-ip-range={SERVICES}",
+            "--authorization-mode=Node,RBAC",
+            "--kubelet-preferred-address-types=InternalIP",
+            "--allow-privileged=true",
+            # Other API servers behind this one.
+            f"--requestheader-client-ca-file={self.front_proxy.certificate}",
+            "--requestheader-allowed-names=front-proxy-client",
+            "--requestheader-username-headers=X-Remote-User",
+            "--requestheader-group-headers=X-Remote-Group",
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+            f"--proxy-client-cert-file={proxy}",
+            f"--proxy-client-key-file={proxy_key}",
+            *loopback,
+        ]
 
-    def _end(self) -> None:
-        for process in reversed(self._processes):
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    def run(self, name: str, *arguments: str) -> None:
+        """Start one of the programs beside the others."""
+        self._runners.start(name, [str(self.binaries[name]), *arguments])
+
+    def close(self) -> None:
+        self._runners.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()

@@ -65,12 +65,12 @@ def python_layer(scratch: Path) -> bytes:
     return done.stdout
 
 
-def file_layer(files: dict[str, bytes]) -> bytes:
+def file_layer(files: dict[str, bytes], mode: int = 0o644) -> bytes:
     """Return a tar with these files; a name that begins with `.wh.` removes one of the layers below."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for name, content in files.items():
-            _add(tar, name, content)
+            _add(tar, name, content, mode=mode)
     return out.getvalue()
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from containerd_process import Containerd
+from cri_client import CriError, Pod
+from cri_v1 import Empty, SandboxList
 from long_runners import LongRunners
 from node_network import PODS, NodeNetwork, within
 
@@ -65,18 +68,16 @@ class Node:
         self.containerd = Containerd(index, netns=self.netns, subnet=subnet, default_runtime="runc")
         self._runners = LongRunners(self.containerd.base / "kube-logs")
 
-    def start(self, kubeconfigs: Mapping[str, str]) -> None:
-        """Start everything; `kubeconfigs` has the texts for the users `kubelet` and `kube-proxy`."""
+    def start(self, kubelet: Path, kube_proxy: Path) -> None:
+        """Start everything, with these two kubeconfigs."""
         base = self.containerd.base
         self.containerd.start()
         self.containerd.import_images()
         (base / "pod-logs").mkdir()
         (base / "resolv.conf").write_text("nameserver 127.0.0.1\n")
-        for user, text in kubeconfigs.items():
-            (base / f"{user}.conf").write_text(text)
         config, proxy = base / "kubelet.yaml", base / "kube-proxy.yaml"
         config.write_text(_KUBELET.format(base=base, address=self.address, cgroup=self.cgroup, dns=DNS))
-        proxy.write_text(_PROXY.format(pods=PODS, name=self.name, kubeconfig=base / "kube-proxy.conf"))
+        proxy.write_text(_PROXY.format(pods=PODS, name=self.name, kubeconfig=kube_proxy))
         for root in self._cgroups():
             with contextlib.suppress(OSError):
                 root.mkdir(exist_ok=True)
@@ -86,7 +87,7 @@ class Node:
         self._start(
             "kubelet",
             f"--config={config}",
-            f"--kubeconfig={base}/kubelet.conf",
+            f"--kubeconfig={kubelet}",
             f"--root-dir={base}/kubelet",
             f"--cert-dir={base}/kubelet-certs",
             f"--hostname-override={self.name}",
@@ -125,9 +126,14 @@ class Node:
             for folder, _, _ in os.walk(root):
                 if "/pod" in folder:
                     found.append(f"cgroup {folder}")
+        # Named by containerd's own log, as other nodes and tests have namespaces beside them.
+        named = set(re.findall(r"/run/netns/(cni-[0-9a-f-]{36})", self.containerd.log))
+        found += [f"network namespace {name}" for name in sorted(named) if (Path("/run/netns") / name).exists()]
         found += [f"lease {path}" for path in self.containerd.base.glob("ipam/*/10.*")]
         found += [f"pod directory {path}" for path in self.containerd.base.glob("kubelet/pods/*")]
-        found += [f"file {path}" for place in ("s", "sandboxes") for path in (self.containerd.runtime / place).glob("*")]
+        found += [
+            f"file {path}" for place in ("s", "sandboxes") for path in (self.containerd.runtime / place).glob("*")
+        ]
         sockets = (line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines())
         found += [f"socket {path}" for path in sockets if path.startswith((f"{runtime}/s/", f"{runtime}/sandboxes/"))]
         return found
@@ -141,8 +147,25 @@ class Node:
                 roots.append(Path(fields.split(" ")[4]) / self.cgroup.lstrip("/"))
         return roots
 
+    def microvms(self) -> list[int]:
+        """Return the process ids of the microVMs that run here."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                command = process.read_bytes()
+                if b"qemu-system" in command.split(b"\0")[0] and str(self.containerd.base).encode() in command:
+                    found.append(int(process.parent.name))
+        return found
+
+    def _remove_pods(self) -> None:
+        with contextlib.suppress(CriError, OSError):
+            cri = self.containerd.cri
+            for pod in cri.call("ListPodSandbox", Empty(), SandboxList).items:
+                Pod(cri, pod.id).remove()
+
     def close(self) -> None:
         self._runners.close()
+        self._remove_pods()
         self.containerd.close()
         for root in self._cgroups():
             for directory, _, _ in os.walk(root, topdown=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,15 +27,17 @@ _SERVICE = Path(__file__).parents[2] / "examples/classify/service.py"
 class Agent:
     """The node's agent on the sockets of this containerd's run-time directory."""
 
-    def __init__(self, containerd: Containerd, state: Path) -> None:
+    def __init__(self, containerd: Containerd, state: Path, *options: str) -> None:
         self._containerd = containerd
         self._state = state
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self.log = state.with_suffix(".log")
 
     def start(self) -> None:
         read_end, write_end = os.pipe()
         command = [sys.executable, "-m", "remora", "agent", "--state", str(self._state), "--ready-fd", str(write_end)]
+        command += self._options
         environment = {**os.environ, "REMORA_RUNTIME_DIR": str(self._containerd.runtime)}
         with self.log.open("ab") as log, os.fdopen(read_end) as ready:
             self._process = subprocess.Popen(command, env=environment, stderr=log, pass_fds=[write_end])
@@ -46,6 +49,16 @@ class Agent:
             self._process.send_signal(signum)
             self._process.wait(30)
             self._process = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics by their names with labels, as Prometheus would read them."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(str(self._containerd.runtime / "metrics.sock"))
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")
+            answer = sock.makefile("rb").read().decode()
+        lines = (line.rpartition(" ") for line in answer.partition("\r\n\r\n")[2].splitlines() if "#" not in line)
+        return {name: float(value) for name, _, value in lines if name}
 
     def ask(self, *arguments: str) -> str:
         environment = {**os.environ, "REMORA_RUNTIME_DIR": str(self._containerd.runtime)}
@@ -61,12 +74,12 @@ def add_service_image(containerd: Containerd, scratch: Path) -> None:
     containerd.add_image(IMAGE, layers, Cmd=["python3", "/srv/service.py"], Env=["PATH=/usr/bin:/bin"])
 
 
-def classify(address: str, picture: bytes, timeout_s: float = 60.0) -> list[list[object]]:
+def classify(address: str, picture: bytes, timeout_s: float = 60.0, port: int = 8080) -> list[list[object]]:
     """POST a picture to the service at `address`, again until it answers."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            with urlopen(Request(f"http://{address}:8080/classify", data=picture), timeout=20) as answer:
+            with urlopen(Request(f"http://{address}:{port}/classify", data=picture), timeout=20) as answer:
                 labels: list[list[object]] = json.loads(answer.read())["labels"]
                 return labels
         except (OSError, HTTPError):
