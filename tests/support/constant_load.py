@@ -59,7 +59,7 @@ class ConstantLoad:
         answers: pictures and the index of the label that each must get.
     """
 
-    def __init__(self, address: tuple[str, int], answers: Sequence[tuple[Path, int]], clients: int = 4) -> None:
+    def __init__(self, address: tuple[str, int], answers: Sequence[tuple[Path, int]], clients: int = 2) -> None:
         self._address = address
         self._questions = [(path.read_bytes(), label) for path, label in answers]
         self._lock = threading.Lock()

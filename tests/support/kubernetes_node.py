@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from cri_client import CriError, Pod
 from cri_v1 import Empty, SandboxList
 from long_runners import LongRunners
 from node_network import PODS, NodeNetwork, within
+from remora.sandboxes.leftovers import find_leftovers
 
 DNS = "10.214.0.10"
 _KUBELET = """\
@@ -109,12 +111,8 @@ class Node:
         """Return a line for all that pods have on this node: processes, mounts, links, namespaces, cgroups, files."""
         base, runtime = str(self.containerd.base), str(self.containerd.runtime)
         found = []
-        for process in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                command = process.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                shims = "containerd-shim" in command and base in command
-                if shims or ("qemu" in command and runtime in command):
-                    found.append(f"process {process.parent.name}: {command[:120]}")
+        processes = [line for line in find_leftovers(self.containerd.base) if line.startswith("process ")]
+        found += [line[:160] for line in processes if "containerd-shim" in line or "qemu-system" in line]
         mounts = Path("/proc/self/mounts").read_text().splitlines()
         places = (f"{base}/state/", f"{base}/kubelet/pods/", f"{runtime}/")
         found += [f"mount {line.split()[1]}" for line in mounts if line.split()[1].startswith(places)]
@@ -149,13 +147,9 @@ class Node:
 
     def microvms(self) -> list[int]:
         """Return the process ids of the microVMs that run here."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                command = process.read_bytes()
-                if b"qemu-system" in command.split(b"\0")[0] and str(self.containerd.base).encode() in command:
-                    found.append(int(process.parent.name))
-        return found
+        records = [json.loads(path.read_text()) for path in self.containerd.runtime.glob("s/*/state.json")]
+        pids = [int(record.get("machine_pid") or 0) for record in records]
+        return [pid for pid in pids if pid and Path(f"/proc/{pid}/exe").exists()]
 
     def _remove_pods(self) -> None:
         with contextlib.suppress(CriError, OSError):

@@ -1,7 +1,8 @@
 """The network between a test cluster's nodes: a bridge with the control plane on it, and a network namespace per node.
 
 All that nodes, pods and kube-proxy set up in the kernel lies in those namespaces, so it goes with them: routes,
-bridges, nftables rules. The host itself gets one bridge, and routes to pods and services so that tests can be their clients.
+bridges, nftables rules. The host itself gets one bridge, and routes to pods and services so that tests can be their
+clients.
 """
 
 from __future__ import annotations
