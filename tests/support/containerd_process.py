@@ -17,7 +17,7 @@ from types import TracebackType
 from container_images import busybox_layer, file_layer, write_archive
 from cri_client import Cri, CriError
 from cri_v1 import Empty, SandboxList
-from node_network import within
+from node_spaces import NodeSpaces
 from remora.sandboxes.leftovers import find_leftovers
 from remora.shim import launcher
 
@@ -129,11 +129,10 @@ class Containerd:
         self,
         index: int = os.getpid() % 200,
         *,
-        netns: str = "",
+        node: bool = False,
         subnet: str = "",
-        default_runtime: str = "remora",
+        remora: bool = True,
     ) -> None:
-        self._netns = netns
         self.base = Path(tempfile.mkdtemp(prefix="remora-ctd-"))
         self.bridge = f"rmt{index}x{os.getpid() % 100000}"
         self.subnet = subnet or f"10.213.{index + 1}"
@@ -143,11 +142,26 @@ class Containerd:
         for name in ("bin", "cni", "logs"):
             (self.base / name).mkdir()
         config = _CONFIG_2 if self.version.startswith("2.") else _CONFIG
-        (self.base / "config.toml").write_text(config.format(base=self.base, default_runtime=default_runtime))
+        (self.base / "config.toml").write_text(
+            config.format(base=self.base, default_runtime="runc" if node else "remora")
+        )
         (self.base / "runtime.toml").write_text(_RUNTIME)
         cni = _CNI.format(base=self.base, bridge=self.bridge, subnet=self.subnet)
         (self.base / "cni" / "10-test.conflist").write_text(cni)
-        launcher.write(self.base / "bin")
+        if remora:
+            launcher.write(self.base / "bin")
+        self.node = self._make_node(remora) if node else None
+
+    def _make_node(self, remora: bool) -> NodeSpaces:
+        """Return a node with this containerd's configuration; without `remora`, one that knows only runc."""
+        node = NodeSpaces(self.base, self.runtime)
+        config = self.base / "config.toml"
+        if not remora:
+            text = config.read_text()
+            config.write_text(text[: text.rindex("    [plugins", 0, text.index("remora.v2"))])
+        node.run("mkdir", "-p", "/etc/containerd")
+        node.run("cp", str(config), "/etc/containerd/config.toml")
+        return node
 
     def __enter__(self) -> Containerd:
         try:
@@ -191,9 +205,14 @@ class Containerd:
             "PATH": f"{self.base}/bin:{os.environ['PATH']}",
             "REMORA_RUNTIME_DIR": str(self.runtime),
         }
+        command = [BINARY, "-c", str(self.base / "config.toml")]
+        if self.node is not None:
+            # A node of its own: everything is where a node has it.
+            del environment["REMORA_RUNTIME_DIR"]
+            command = self.node.within([BINARY, "-c", "/etc/containerd/config.toml"])
         with (self.base / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                within(self._netns, [BINARY, "-c", str(self.base / "config.toml")]),
+                command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -265,6 +284,8 @@ class Containerd:
             if kind == "process":
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(rest.partition(":")[0]), signal.SIGKILL)
+        if self.node is not None:
+            self.node.close()
         subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
             target = line.split(" ")[1]

@@ -20,10 +20,11 @@ from node_network import NodeNetwork
 class Cluster(ApiOnlyCluster):
     """`with Cluster(binaries) as cluster:` runs one; at its end nothing of it is left."""
 
-    def __init__(self, binaries: Mapping[str, Path], nodes: int = 2) -> None:
+    def __init__(self, binaries: Mapping[str, Path], nodes: int = 2, *, remora: bool = True) -> None:
         self._network = NodeNetwork()
         super().__init__(binaries, Path(tempfile.mkdtemp(prefix="remora-kube-")), self._network.address)
         self._count = nodes
+        self._remora = remora
         self.nodes: list[Node] = []
 
     def start(self) -> None:
@@ -35,7 +36,7 @@ class Cluster(ApiOnlyCluster):
         super().start()
         self.run("kube-scheduler", f"--kubeconfig={scheduler}", "--leader-elect=false", "--secure-port=0")
         for index, kubelet in enumerate(kubelets):
-            node = Node(index, self.binaries, self._network)
+            node = Node(index, self.binaries, self._network, remora=self._remora)
             self.nodes.append(node)
             node.start(kubelet, proxy)
         self.wait("all nodes are ready", self.all_nodes_ready)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +13,7 @@ from containerd_process import Containerd
 from cri_client import CriError, Pod
 from cri_v1 import Empty, SandboxList
 from long_runners import LongRunners
-from node_network import PODS, NodeNetwork, within
-from remora.sandboxes.leftovers import find_leftovers
+from node_network import PODS, NodeNetwork
 
 DNS = "10.214.0.10"
 _KUBELET = """\
@@ -61,13 +58,15 @@ nftables: {{minSyncPeriod: 100ms, syncPeriod: 30s}}
 class Node:
     """`start` joins it to the cluster; `close` leaves nothing of it, whatever its pods did."""
 
-    def __init__(self, index: int, binaries: Mapping[str, Path], network: NodeNetwork) -> None:
+    def __init__(self, index: int, binaries: Mapping[str, Path], network: NodeNetwork, *, remora: bool = True) -> None:
         self.name = f"remora-node-{index}"
         self.cgroup = f"/remora-test-{os.getpid()}-{index}"
         self._binaries = binaries
         subnet = f"{PODS.removesuffix('.0.0/16')}.{index + 1}"
-        self.netns, self.address = network.add_node(f"{subnet}.0/24")
-        self.containerd = Containerd(index, netns=self.netns, subnet=subnet, default_runtime="runc")
+        self.containerd = Containerd(index, node=True, subnet=subnet, remora=remora)
+        assert self.containerd.node is not None
+        self.spaces = self.containerd.node
+        self.address = network.add_node(self.spaces, f"{subnet}.0/24")
         self._runners = LongRunners(self.containerd.base / "kube-logs")
 
     def start(self, kubelet: Path, kube_proxy: Path) -> None:
@@ -90,15 +89,13 @@ class Node:
             "kubelet",
             f"--config={config}",
             f"--kubeconfig={kubelet}",
-            f"--root-dir={base}/kubelet",
-            f"--cert-dir={base}/kubelet-certs",
             f"--hostname-override={self.name}",
             f"--node-ip={self.address}",
         )
         self._start("kube-proxy", f"--config={proxy}")
 
     def _start(self, name: str, *arguments: str) -> None:
-        self._runners.start(name, within(self.netns, [str(self._binaries[name]), *arguments]))
+        self._runners.start(name, self.spaces.within([str(self._binaries[name]), *arguments]))
 
     def restart(self, name: str, signum: int = signal.SIGKILL) -> None:
         """End `kubelet` or `kube-proxy` and start it again."""
@@ -109,31 +106,22 @@ class Node:
 
     def leftovers(self) -> list[str]:
         """Return a line for all that pods have on this node: processes, mounts, links, namespaces, cgroups, files."""
-        base, runtime = str(self.containerd.base), str(self.containerd.runtime)
-        found = []
-        processes = [line for line in find_leftovers(self.containerd.base) if line.startswith("process ")]
-        found += [line[:160] for line in processes if "containerd-shim" in line or "qemu-system" in line]
-        mounts = Path("/proc/self/mounts").read_text().splitlines()
-        places = (f"{base}/state/", f"{base}/kubelet/pods/", f"{runtime}/")
-        found += [f"mount {line.split()[1]}" for line in mounts if line.split()[1].startswith(places)]
-        links = subprocess.run(["ip", "-n", self.netns, "-br", "link"], capture_output=True, text=True, check=False)
-        names = [line.split()[0] for line in links.stdout.splitlines()]
+        processes = self.spaces.processes().values()
+        found = [f"process {line[:160]}" for line in processes if "containerd-shim" in line or "qemu" in line]
+        places = (f"{self.containerd.base}/state/", "/var/lib/kubelet/pods/", "/run/remora/", "/run/netns/")
+        found += [f"mount {target}" for target in self.spaces.mounts() if target.startswith(places)]
         kept = {"lo", "eth0", "ifb0", "ifb1", self.containerd.bridge}
-        found += [f"link {name}" for name in names if name.partition("@")[0] not in kept]
+        names = [line.split()[0].partition("@")[0] for line in self.spaces.run("ip", "-br", "link").splitlines()]
+        found += [f"link {name}" for name in names if name not in kept]
         for root in self._cgroups():
-            for folder, _, _ in os.walk(root):
-                if "/pod" in folder:
-                    found.append(f"cgroup {folder}")
-        # Named by containerd's own log, as other nodes and tests have namespaces beside them.
-        named = set(re.findall(r"/run/netns/(cni-[0-9a-f-]{36})", self.containerd.log))
-        found += [f"network namespace {name}" for name in sorted(named) if (Path("/run/netns") / name).exists()]
+            found += [f"cgroup {folder}" for folder, _, _ in os.walk(root) if "/pod" in folder]
+        found += [f"network namespace {path.name}" for path in self.spaces.path("/run/netns").glob("cni-*")]
         found += [f"lease {path}" for path in self.containerd.base.glob("ipam/*/10.*")]
-        found += [f"pod directory {path}" for path in self.containerd.base.glob("kubelet/pods/*")]
-        found += [
-            f"file {path}" for place in ("s", "sandboxes") for path in (self.containerd.runtime / place).glob("*")
-        ]
-        sockets = (line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines())
-        found += [f"socket {path}" for path in sockets if path.startswith((f"{runtime}/s/", f"{runtime}/sandboxes/"))]
+        found += [f"pod directory {path.name}" for path in self.spaces.path("/var/lib/kubelet/pods").glob("*")]
+        runtime = self.containerd.runtime
+        found += [f"file {path}" for place in ("s", "sandboxes", "shim") for path in (runtime / place).glob("*")]
+        sockets = Path(f"/proc/{self.spaces.pid}/net/unix").read_text().splitlines()
+        found += [f"socket {line.split()[-1]}" for line in sockets if "/run/remora/s" in line]
         return found
 
     def _cgroups(self) -> list[Path]:

@@ -38,11 +38,17 @@ class Agent:
         read_end, write_end = os.pipe()
         command = [sys.executable, "-m", "remora", "agent", "--state", str(self._state), "--ready-fd", str(write_end)]
         command += self._options
-        environment = {**os.environ, "REMORA_RUNTIME_DIR": str(self._containerd.runtime)}
+        command, environment = self._on_node(command)
         with self.log.open("ab") as log, os.fdopen(read_end) as ready:
             self._process = subprocess.Popen(command, env=environment, stderr=log, pass_fds=[write_end])
             os.close(write_end)
             assert ready.readline(), self.log.read_text()
+
+    def _on_node(self, command: list[str]) -> tuple[list[str], dict[str, str]]:
+        node = self._containerd.node
+        if node is None:
+            return command, {**os.environ, "REMORA_RUNTIME_DIR": str(self._containerd.runtime)}
+        return node.within(command), {**os.environ}
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
         if self._process is not None:
@@ -61,8 +67,7 @@ class Agent:
         return {name: float(value) for name, _, value in lines if name}
 
     def ask(self, *arguments: str) -> str:
-        environment = {**os.environ, "REMORA_RUNTIME_DIR": str(self._containerd.runtime)}
-        command = [sys.executable, "-m", "remora", *arguments]
+        command, environment = self._on_node([sys.executable, "-m", "remora", *arguments])
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
