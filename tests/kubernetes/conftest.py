@@ -1,10 +1,11 @@
-"""One real cluster for all tests of this folder: `make test-kubernetes`. None of `make test`: the first run builds
+"""A real cluster for each module of this folder: `make test-kubernetes`. None of `make test`: the first run builds
 Kubernetes from its modules, which takes a while."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,15 +26,20 @@ operations = ["infer"]
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes, kube-proxy, DNS, the runtime class, and the service's image."""
+def binaries() -> dict[str, Path]:
+    """The programs of a cluster; what they need is there."""
     if not os.environ.get("REMORA_TEST_KUBERNETES"):
         pytest.skip("a cluster of its own: make test-kubernetes")
     lacking = missing()
     if lacking:
         pytest.skip(f"the cluster needs {', '.join(lacking)}: run scripts/system-packages.sh as root")
-    binaries = kubernetes_binaries.build()
     guest_files(paths.state_dir())
+    return kubernetes_binaries.build()
+
+
+@pytest.fixture(scope="module")
+def cluster(binaries: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes, kube-proxy, DNS, the runtime class, and the service's image."""
     with Cluster(binaries) as one:
         for node in one.nodes:
             add_dns_image(node.containerd, binaries["coredns"])
@@ -43,7 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield one
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def agents(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Agent]]:
     """The agent of each node, by the node's name."""
     found: dict[str, Agent] = {}

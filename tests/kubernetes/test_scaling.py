@@ -8,7 +8,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from cluster_objects import classification, service
 from constant_load import ConstantLoad
 from kubernetes_cluster import Cluster
-from pod_agent import Agent, classify, photos
+from pod_agent import Agent, known_answers
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -35,14 +34,6 @@ def load(cluster: Cluster, untouched: set[str]) -> Iterator[ConstantLoad]:
     address = cluster.get("service", "classify")["spec"]["clusterIP"]
     with ConstantLoad((address, 80), known_answers(address)) as one:
         yield one
-
-
-def known_answers(address: str) -> list[tuple[Path, int]]:
-    """Return photographs with their right labels, as far as the model gets them right at all."""
-    named = [(photo, int(photo.stem.split("_")[1])) for photo in photos()]
-    known = [(photo, label) for photo, label in named if classify(address, photo.read_bytes(), port=80)[0][0] == label]
-    assert len(known) >= 4
-    return known
 
 
 def report(load: ConstantLoad, what: str, began_s: float) -> None:

@@ -58,8 +58,13 @@ def deployment(
     }
 
 
-def classification(replicas: int, namespace: str = "default", **container: Any) -> dict[str, Any]:
-    """Return the Deployment of the classification service, which ends without losing a request."""
+def classification(replicas: int, namespace: str = "default", shares: int = 0) -> dict[str, Any]:
+    """Return the Deployment of the classification service, which ends without losing a request.
+
+    Args:
+        shares: of the node's processors (`remora.dev/cpu`), for each pod.
+    """
+    limits = {"memory": "256Mi", "cpu": "1", **({"remora.dev/cpu": str(shares)} if shares else {})}
     probe = {"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 1, "timeoutSeconds": 5}
     return deployment(
         "classify",
@@ -71,8 +76,7 @@ def classification(replicas: int, namespace: str = "default", **container: Any) 
         ports=[{"containerPort": 8080}],
         readinessProbe={**probe, "failureThreshold": 3},
         lifecycle={"preStop": {"sleep": {"seconds": 3}}},
-        resources={"limits": {"memory": "256Mi", "cpu": "1"}, "requests": {"memory": "64Mi", "cpu": "50m"}},
-        **container,
+        resources={"limits": limits, "requests": {"memory": "64Mi", "cpu": "50m"}},
     )
 
 

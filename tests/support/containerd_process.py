@@ -154,7 +154,7 @@ class Containerd:
 
     def _make_node(self, remora: bool) -> NodeSpaces:
         """Return a node with this containerd's configuration; without `remora`, one that knows only runc."""
-        node = NodeSpaces(self.base, self.runtime)
+        node = NodeSpaces(self.base, self.runtime, bare=not remora)
         config = self.base / "config.toml"
         if not remora:
             text = config.read_text()

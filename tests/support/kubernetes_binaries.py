@@ -17,6 +17,7 @@ PROGRAMS = {
         name: ("binaries", "k8s.io/kubernetes", f"k8s.io/kubernetes/cmd/{name}")
         for name in ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl")
     },
+    "helm": ("helm", "helm.sh/helm/v3", "helm.sh/helm/v3/cmd/helm"),
     "coredns": ("coredns", "github.com/coredns/coredns", "."),
 }
 #: The first build compiles some 3,000 packages.
@@ -34,7 +35,7 @@ def version(program: str) -> str:
 def cached(program: str) -> Path:
     """Return where the built program is kept: outside the tree, by version."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remora"
-    folder = "kubernetes" if PROGRAMS[program][0] == "binaries" else program
+    folder = {"binaries": "kubernetes"}.get(PROGRAMS[program][0], program)
     return base / folder / version(program) / program
 
 

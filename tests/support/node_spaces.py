@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PRIVATE = ("/etc", "/opt", "/usr/local", "/var/lib")
-#: Models, guest images and packed layers: the host's, as they are large and named by their digests.
-_SHARED = "/var/lib/remora"
+#: Models, guest images and packed layers are the host's, as they are large and named by their digests.
+_STATE = "/var/lib/remora"
 RUNTIME = "/run/remora"
 
 
@@ -27,9 +27,10 @@ class NodeSpaces:
     Args:
         base: directory for the node's own files.
         runtime: what is /run/remora there, so that tests see it from outside.
+        bare: nobody has set the node up for Remora; of the host's state it has the models alone.
     """
 
-    def __init__(self, base: Path, runtime: Path) -> None:
+    def __init__(self, base: Path, runtime: Path, *, bare: bool = False) -> None:
         self._holder = subprocess.Popen(
             ["unshare", "--net", "--mount", "--propagation", "private", "sleep", "infinity"], start_new_session=True
         )
@@ -38,17 +39,23 @@ class NodeSpaces:
         while self._exe() != "sleep":
             assert time.monotonic() < deadline_s, "no namespaces for a node"
             time.sleep(0.01)
-        kept = base / "shared"
-        for directory in (runtime, kept):
+        self._upper = base / "private/upper"
+        state = base / "state-of-node"
+        for directory in (runtime, state):
             directory.mkdir(exist_ok=True)
-        # Named from before /var/lib is covered.
-        self.run("mount", "--bind", _SHARED, str(kept))
+        # Before the host's /var/lib is covered.
+        if bare:
+            self.run("mount", "--bind", str(state), str(state))
+            (state / "models").mkdir()
+            self.run("mount", "--bind", f"{_STATE}/models", str(state / "models"))
+        else:
+            self.run("mount", "--bind", _STATE, str(state))
         for place in _PRIVATE:
-            upper, work = (base / "private" / kind / place.strip("/") for kind in ("upper", "work"))
+            upper, work = self._upper / place.strip("/"), base / "private/work" / place.strip("/")
             upper.mkdir(parents=True)
             work.mkdir(parents=True)
             self.run("mount", "-t", "overlay", "-o", f"lowerdir={place},upperdir={upper},workdir={work}", "node", place)
-        self.run("mount", "--move", str(kept), _SHARED)
+        self.run("mount", "--move", str(state), _STATE)
         self.run("mount", "-t", "tmpfs", "node", "/run")
         self.run("mkdir", "-p", RUNTIME, "/run/netns", "/run/lock")
         self.run("mount", "--bind", str(runtime), RUNTIME)
@@ -68,6 +75,12 @@ class NodeSpaces:
     def path(self, name: str) -> Path:
         """Return where a file of the node is to be found from outside."""
         return Path(f"/proc/{self.pid}/root{name}")
+
+    def written(self) -> set[str]:
+        """Return the files of the node that are not the host's, but for what kubelet and CNI keep below /var/lib."""
+        files = {f"/{path.relative_to(self._upper)}" for path in self._upper.rglob("*")}
+        files |= {f"{_STATE}/{path}" for path in self.run("find", _STATE, "-xdev", "-printf", "%P\n").split("\n")}
+        return {file for file in files if not file.startswith(("/var/lib/kubelet", "/var/lib/cni"))}
 
     def mounts(self) -> list[str]:
         """Return where something is mounted."""

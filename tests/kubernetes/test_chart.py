@@ -1,0 +1,187 @@
+"""The chart on a node that knows nothing of Remora: installed, used, scaled by its figures, and gone without a trace.
+
+The agent, the device plugin, the node's installer and the autoscaling server run in containers of runc from the image
+that `make image` builds; the shim and its microVMs run on the node, from what the installer put there.
+
+Not shown here: NetworkPolicies (CNI's bridge plugin enforces none), ServiceMonitors (no Prometheus operator), GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster_objects import add_dns_image, classification, dns, service
+from constant_load import ConstantLoad
+from kubernetes_cluster import Cluster
+from pod_agent import add_service_image, known_answers
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+IMAGE = ROOT / "build" / "remora-agent.tar"
+NAMESPACE = "remora"
+#: The nodes here have no systemd, so containerd is started anew by the test, where the chart would do it.
+VALUES = ("installer.restart=false", "autoscaling.enabled=true", "autoscaling.window=15", "agent.drainSeconds=5")
+AUTOSCALER = {
+    "apiVersion": "autoscaling/v2",
+    "kind": "HorizontalPodAutoscaler",
+    "metadata": {"name": "classify", "namespace": "default"},
+    "spec": {
+        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "classify"},
+        "minReplicas": 1,
+        "maxReplicas": 6,
+        "metrics": [
+            {
+                "type": "Pods",
+                "pods": {
+                    "metric": {"name": "remora_requests_per_second"},
+                    "target": {"type": "AverageValue", "averageValue": "200m"},
+                },
+            }
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def bare(binaries: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of one node with runc alone."""
+    if not IMAGE.is_file():
+        pytest.skip(f"{IMAGE} is missing: run make image")
+    with Cluster(binaries, nodes=1, remora=False) as one:
+        containerd = one.nodes[0].containerd
+        done = containerd.ctr("images", "import", str(IMAGE), timeout_s=300)
+        assert done.returncode == 0, done.stderr.decode()
+        add_dns_image(containerd, binaries["coredns"])
+        add_service_image(containerd, tmp_path_factory.mktemp("image"))
+        one.apply(*dns())
+        one.wait("DNS", lambda: one.ready_pods("k8s-app=kube-dns", "kube-system"))
+        yield one
+
+
+def helm(cluster: Cluster, *arguments: str) -> str:
+    command = [str(cluster.binaries["helm"]), f"--kubeconfig={cluster.kubeconfig}", f"--namespace={NAMESPACE}"]
+    environment = {"HOME": str(cluster.directory), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def settings(*more: str) -> list[str]:
+    return [word for value in (*VALUES, *more) for word in ("--set", value)]
+
+
+def restart_containerd(cluster: Cluster) -> None:
+    containerd = cluster.nodes[0].containerd
+    containerd.kill(15)
+    containerd.start()
+
+
+def node_is_set_up(cluster: Cluster) -> bool:
+    """Tell whether the installer has ended in this state of the chart."""
+    pods = cluster.get("pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=agent")["items"]
+    conditions = [one for pod in pods for one in pod["status"].get("conditions", ()) if "deletionTimestamp" not in pod]
+    return any(one["type"] == "Initialized" and one["status"] == "True" for one in conditions)
+
+
+@pytest.fixture(scope="module")
+def before(bare: Cluster) -> tuple[set[str], set[str], str]:
+    """What pods have on the node, its files, and containerd's configuration, before the chart."""
+    node = bare.nodes[0]
+    config = node.spaces.path("/etc/containerd/config.toml").read_text()
+    return set(bare.leftovers()), node.spaces.written(), config
+
+
+@pytest.fixture(scope="module")
+def installed(bare: Cluster, before: tuple[set[str], set[str], str]) -> Cluster:
+    began_s = time.monotonic()
+    chart = ROOT / "charts" / "remora"
+    print(helm(bare, "install", "remora", str(chart), "--create-namespace", *settings()))
+    bare.wait("the node is set up", lambda: node_is_set_up(bare))
+    restart_containerd(bare)
+
+    def ready() -> bool:
+        parts = bare.get("daemonsets,deployments", "-n", NAMESPACE)["items"]
+        status = [one["status"] for one in parts]
+        return len(parts) == 2 and all(one.get("numberReady", one.get("readyReplicas")) == 1 for one in status)
+
+    try:
+        bare.wait("everything of the chart is ready", ready)
+    except AssertionError:
+        print(bare.kubectl("describe", "pods", "-n", NAMESPACE))
+        raise
+    print(f"\nhelm install to ready: {time.monotonic() - began_s:.1f} s")
+    return bare
+
+
+def test_the_node_offers_its_shares_and_the_cluster_the_runtime(installed: Cluster) -> None:
+    name = installed.nodes[0].name
+
+    def shares() -> int:
+        return int(installed.get("node", name)["status"]["allocatable"].get("remora.dev/cpu", 0))
+
+    assert installed.wait("shares", shares) % 10 == 0
+    runtime = installed.get("runtimeclass", "remora")
+    assert runtime["handler"] == "remora"
+    assert runtime["overhead"]["podFixed"]
+
+
+def test_a_pod_with_shares_answers_by_the_agent_of_the_chart(installed: Cluster) -> None:
+    installed.apply(classification(1, shares=1), service())
+    installed.wait("one ready pod", lambda: installed.ready_pods("app=classify"))
+    assert len(installed.nodes[0].microvms()) == 1
+    address = installed.get("service", "classify")["spec"]["clusterIP"]
+    assert len(known_answers(address)) >= 4
+
+
+def test_the_autoscaler_follows_the_load_up_and_down_and_no_answer_is_wrong_or_lost(installed: Cluster) -> None:
+    address = installed.get("service", "classify")["spec"]["clusterIP"]
+
+    def replicas() -> int:
+        return len(installed.ready_pods("app=classify"))
+
+    installed.apply(AUTOSCALER)
+    began_s = time.monotonic()
+    with ConstantLoad((address, 80), known_answers(address), clients=3) as load:
+        installed.wait("six pods under load", lambda: replicas() == 6, 420)
+        up_s = time.monotonic() - began_s
+        assert len(installed.nodes[0].microvms()) == 6
+    print(f"\nautoscaler 1 -> 6: {up_s:.1f} s; {load.total}")
+    began_s = time.monotonic()
+    installed.wait("one pod without load", lambda: replicas() == 1, 240)
+    print(f"autoscaler 6 -> 1: {time.monotonic() - began_s:.1f} s")
+    assert load.total.wrong == []
+    assert load.total.lost == []
+    assert load.total.right
+
+
+def test_uninstalled_the_node_is_as_it_was(installed: Cluster, before: tuple[set[str], set[str], str]) -> None:
+    installed.kubectl("delete", "hpa,deployment,service", "classify")
+    installed.wait("no pods", lambda: not installed.get("pods", "-l", "app=classify")["items"])
+    pods, files, config = before
+    node = installed.nodes[0]
+    chart = ROOT / "charts" / "remora"
+    installed.wait("no microVM", lambda: not node.microvms())
+    helm(installed, "upgrade", "remora", str(chart), *settings("installer.action=uninstall"))
+    installed.wait(
+        "containerd's configuration", lambda: node.spaces.path("/etc/containerd/config.toml").read_text() == config
+    )
+    restart_containerd(installed)
+    helm(installed, "uninstall", "remora", "--wait")
+    installed.kubectl("delete", "namespace", NAMESPACE)
+    kinds = "all,clusterroles,clusterrolebindings,runtimeclasses,configmaps,secrets,networkpolicies,apiservices"
+    named: dict[str, Any] = json.loads(installed.kubectl("get", kinds, "-A", "-o", "json"))
+    left = [one["metadata"]["name"] for one in named["items"] if "remora" in one["metadata"]["name"]]
+    assert left == [node.name] or left == []
+    installed.wait("nothing of pods is left", lambda: not set(installed.leftovers()) - pods, 60)
+    # What the agent keeps of its own accord, sessions and models, outlives an installation; the rest is gone.
+    left = sorted(file for file in node.spaces.written() - files if not file.startswith("/var/lib/remora"))
+    assert left == []
