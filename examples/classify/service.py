@@ -4,10 +4,15 @@
     {"labels": [[207, "golden retriever", 0.86], ...], "ms": 14.2}
 
 One session serves all requests; `GET /healthz` is for probes and asks the agent. In a pod of runtime class `remora`
-the accelerator's address is in the environment already. SIGTERM: requests under way are answered, then it ends.
+the accelerator's address is in the environment already.
+
+SIGTERM: probes are told that it is not ready, so that nobody sends more, and it goes on answering for `LEAVE_S`. Closed
+at once, it would reset connections that had been made meanwhile: where no other pod is ready, Kubernetes sends to those
+that are ending as long as they say that they are ready.
 """
 
 import json
+import select
 import signal
 import sys
 import threading
@@ -18,6 +23,7 @@ import remora
 
 PORT = 8080
 MAX_BYTES = 32 << 20
+LEAVE_S = 8.0
 
 
 class Server(ThreadingHTTPServer):
@@ -29,10 +35,14 @@ class Server(ThreadingHTTPServer):
 
 class Service(BaseHTTPRequestHandler):
     session: "remora.Session | None" = None
+    ending = False
     #: Seconds that a caller may be silent.
     timeout = 30
 
     def do_GET(self) -> None:
+        if self.ending:
+            self._answer(503, {"error": "it is ending"})
+            return
         try:
             self._open_session().ping()
         except remora.RemoraError as error:
@@ -86,7 +96,11 @@ def main() -> None:
             print(f"waiting for the agent: {error}", file=sys.stderr, flush=True)
             ended.wait(1)
     ended.wait()
+    Service.ending = True
+    time.sleep(LEAVE_S)
     server.shutdown()
+    while select.select([server], [], [], 0)[0]:
+        server.handle_request()  # they were in the queue
     server.server_close()
 
 

@@ -70,12 +70,11 @@ def classification(replicas: int, namespace: str = "default", shares: int = 0) -
         "classify",
         replicas,
         namespace=namespace,
-        # The service hears SIGTERM once kube-proxy sends nothing new its way.
-        pod={"terminationGracePeriodSeconds": 20},
+        # Longer than the service takes its leave.
+        pod={"terminationGracePeriodSeconds": 30},
         image=IMAGE,
         ports=[{"containerPort": 8080}],
-        readinessProbe={**probe, "failureThreshold": 3},
-        lifecycle={"preStop": {"sleep": {"seconds": 3}}},
+        readinessProbe={**probe, "failureThreshold": 2},
         resources={"limits": limits, "requests": {"memory": "64Mi", "cpu": "50m"}},
     )
 
