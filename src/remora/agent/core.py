@@ -6,7 +6,7 @@ Doors know this and their protocol; nothing here knows a protocol.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from remora.agent.answers import Answers
@@ -16,7 +16,7 @@ from remora.agent.execution import Execution
 from remora.agent.exposition import Exposition
 from remora.agent.files import ResourceFiles
 from remora.agent.grants import Grants
-from remora.agent.identity import Identity
+from remora.agent.identity import Identity, holder_of
 from remora.agent.journal import Journal
 from remora.agent.libraries import Libraries
 from remora.agent.logs import Log
@@ -245,6 +245,11 @@ class Core:
         if self.policy.workers.standby and not any(worker.memory_bytes for worker in self.workers.workers()):
             return False, "no worker runs"  # a process that has died has no memory
         return True, "ready"
+
+    def present(self, identity: Identity, grants: Iterable[str]) -> None:
+        """Give a sandbox the grants that it presents; one that is refused some is served all the same."""
+        for reason in self.grants.present(holder_of(identity.key, identity.labels), grants):
+            self.log.error("grant refused", sandbox=identity.sandbox, reason=reason)
 
     # -- reporting --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from remora.agent import gauges
+from remora.agent import gauges, pages
 from remora.agent.addresses import Address, parse_address
 from remora.agent.attachments import Attachment, Attachments
 from remora.agent.callers import UNKNOWN, Callers
@@ -21,7 +21,6 @@ from remora.agent.doors.health import Health
 from remora.agent.doors.native import NativeDoor
 from remora.agent.doors.vaccel import VaccelDoor
 from remora.agent.draining import Draining
-from remora.agent.exposition import CONTENT_TYPE
 from remora.agent.http import HttpServer
 from remora.agent.identity import Identity
 from remora.agent.inherited import Inherited
@@ -126,7 +125,7 @@ class Agent:
         from remora.agent.fleets.layouts import parse_fleet
 
         finder = Finder([parse_fleet(text) for text in fleets.attach], Path(fleets.containerd))
-        self._fleets = Fleets(self._reactor, self.attachments, self._log, finder)
+        self._fleets = Fleets(self._reactor, self.attachments, self._log, finder, self.core.present)
 
     def listen(self, address: Address) -> str:
         """Serve callers on a Unix socket or a loopback port; return the address with the port that was given."""
@@ -168,8 +167,7 @@ class Agent:
         Args:
             clients: Who may read them over TLS: names of certificates.
         """
-        pages = {"/metrics": self._metrics_page, "/healthz": self._health_page, "/readyz": self._ready_page}
-        self._http = http = HttpServer.of_pages(self._reactor, pages)
+        self._http = http = HttpServer.of_pages(self._reactor, pages.of_agent(self.core))
         accepted: Callable[[socket.socket], None] = partial(http.serve, local=bool(address.host))
         if address.tls:
             if not clients:
@@ -365,16 +363,6 @@ class Agent:
         self._controllers.add(connection)
 
     # -- seeing it --------------------------------------------------------------------------------------------------
-
-    def _metrics_page(self) -> tuple[int, str, bytes]:
-        return 200, CONTENT_TYPE, self.core.exposition.text()
-
-    def _health_page(self) -> tuple[int, str, bytes]:
-        return 200, "text/plain; charset=utf-8", b"ok\n"
-
-    def _ready_page(self) -> tuple[int, str, bytes]:
-        ready, reason = self.core.ready()
-        return 200 if ready else 503, "text/plain; charset=utf-8", f"{reason}\n".encode()
 
     def _on_error(self, error: BaseException) -> None:
         """A fault of our own: one line with its trace; the loop goes on."""

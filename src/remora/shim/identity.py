@@ -8,10 +8,6 @@ from remora.agent.fleets import cri
 from remora.sandboxes.launch import AttachSpec
 from remora.shim import settings as runtime
 
-#: Where the kubelet has the device plugin's grants put (kube/shares.py). A pod's author cannot write there: containerd
-#: passes a pod's own annotations below other prefixes, and an id that is not the plugin's grants nothing.
-_GRANT = "grant.remora.dev/"
-
 
 def wanted(settings: runtime.Settings, config: dict[str, Any]) -> bool:
     """True if the pod is to have an accelerator."""
@@ -35,17 +31,10 @@ def attach_spec(settings: runtime.Settings, sandbox: dict[str, Any], container: 
 
 
 def grants(sandbox: dict[str, Any], container: dict[str, Any]) -> tuple[str, ...]:
-    """Return the ids of the grants that a container carries.
-
-    What the sandbox has, too, came with the pod: then containerd was told to pass what pods' authors write.
-    """
-    own = sandbox.get("annotations") or {}
-    annotations = container.get("annotations") or {}
-    return tuple(
-        value[: cri.MAX_LABEL]
-        for key, value in sorted(annotations.items())
-        if key.startswith(_GRANT) and key not in own
-    )
+    """Return the ids of the grants that a container carries."""
+    own = cri.grants(sandbox.get("annotations") or {})
+    found = cri.grants(container.get("annotations") or {})
+    return tuple(value for key, value in found.items() if key not in own)
 
 
 def sandbox_name(config: dict[str, Any], sandbox_id: str) -> str:

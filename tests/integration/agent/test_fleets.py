@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent_process import AgentProcess, Guest, wait_until
-from fleets import Node, connect, cri, listen, served
+from fleets import CRI, Node, connect, cri, listen, served
 from handovers import succeed
 from remora.errors import NotFoundError, PermissionDeniedError, RemoraError, UnauthenticatedError
+from remora.wire import control_v1
 
 KINDS = (
     "go-firecracker",
@@ -346,3 +348,35 @@ def test_a_stray_listener_beside_a_monitor_is_told_of_and_left_alone(agent: Agen
         with connect(path.with_name("kata.hvsock_2048")):
             other.accept()[0].close()
     wait_until(lambda: served(agent), "it to be served, as the other has ended")
+
+
+def container_of(node: Node, sandbox_id: str, **annotations: str) -> None:
+    """Write the bundle of a container, as containerd does before its runtime is asked for it."""
+    described = {f"{CRI}container-type": "container", f"{CRI}sandbox-id": sandbox_id, **annotations}
+    node.bundle(uuid.uuid4().hex * 2, described)
+
+
+def state_grant(agent: AgentProcess, number: int) -> str:
+    grant = control_v1.GrantRequest(id=f"{number:032x}", kind="gpu", shares=[f"gpu0-{number}"], shares_per_device=10)
+    agent.ask("Grant", grant, control_v1.Empty)
+    return grant.id
+
+
+def test_containers_bring_the_kubelets_grants_and_pods_authors_none(agent: AgentProcess, node: Node) -> None:
+    first, second, stolen = (state_grant(agent, number) for number in range(3))
+    # A containerd that passes whatever a pod's author writes, into the sandbox and into its containers.
+    forger = node.pod("prod", "forger", **{"grant.remora.dev/gpu": stolen})
+    container_of(node, forger, **{"grant.remora.dev/gpu": stolen})
+    sandbox_id = node.pod("prod", "web")
+    container_of(node, sandbox_id, **{"grant.remora.dev/gpu": first})
+    for each in (forger, sandbox_id):
+        node.boot(node.path("go-firecracker", each))
+
+    def granted(pod: str, each: str) -> list[int]:
+        found = served(agent).get(name_of("prod", pod, each))
+        return [one.shares for one in found.grants] if found is not None else []
+
+    wait_until(lambda: granted("web", sandbox_id) == [1], "the first container's grant")
+    container_of(node, sandbox_id, **{"grant.remora.dev/gpu": second})
+    wait_until(lambda: granted("web", sandbox_id) == [2], "the second one's, too")
+    assert granted("forger", forger) == []

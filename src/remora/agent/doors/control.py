@@ -17,7 +17,7 @@ from remora.agent.core import Core
 from remora.agent.doors import views
 from remora.agent.doors.health import Health
 from remora.agent.draining import Draining
-from remora.agent.identity import holder_of
+from remora.agent.identity import holder_of, of_sandbox
 from remora.errors import RemoraError, UnimplementedError
 from remora.wire import control_v1 as v1
 from remora.wire import health_v1
@@ -105,7 +105,9 @@ class ControlDoor:
             self._done(call),
             cid=request.cid,
         )
-        self._present(request)
+        if request.grants:
+            identity = of_sandbox(request.sandbox, request.tenant, request.labels, request.parent, request.template)
+            self._core.present(identity, list(request.grants)[: grants.MAX_PRESENTED])
         self._core.log.info(
             "sandbox attached",
             sandbox=request.sandbox,
@@ -115,15 +117,6 @@ class ControlDoor:
             template=request.template,
             cid=request.cid,
         )
-
-    def _present(self, request: v1.AttachRequest) -> None:
-        """Give the sandbox what it presents: one that is refused something has its place all the same."""
-        if not request.grants:
-            return
-        ids = list(request.grants)[: grants.MAX_PRESENTED]
-        holder = holder_of(f"sandbox:{request.sandbox}", request.labels)
-        for reason in self._core.grants.present(holder, ids):
-            self._core.log.error("grant refused", sandbox=request.sandbox, reason=reason)
 
     def _grant(self, call: Call, request: v1.GrantRequest) -> None:
         grant = grants.check(request.id, request.kind, request.shares, request.shares_per_device)

@@ -42,6 +42,8 @@ class Bundles:
     def __init__(self, state: Path) -> None:
         self._tasks = state / _TASKS
         self._known: dict[str, Names] = {}
+        #: Container -> its sandbox, and the ids of grants that it carries, by key.
+        self._carried: dict[str, tuple[str, Mapping[str, str]]] = {}
 
     def names(self, sandbox_id: str, *, short: bool = False) -> Names | None:
         """Return the names of a sandbox by its id, or by the beginning of it if that is all that is known (`short`).
@@ -65,6 +67,29 @@ class Bundles:
                 cri.wanted(annotations),
             )
         return known
+
+    def look(self) -> None:
+        """See which containers there are by now: `grants` is of the last look."""
+        try:
+            there = set(os.listdir(self._tasks / _KUBERNETES))
+        except OSError:
+            there = set()
+        self._carried = {key: carried for key, carried in self._carried.items() if key in there}
+        for container in there - self._carried.keys():
+            annotations = _annotations(self._tasks / _KUBERNETES / container / "config.json")
+            if annotations is not None:  # what containerd has written it does not change
+                self._carried[container] = annotations.get(cri.SANDBOX_ID, ""), cri.grants(annotations)
+
+    def grants(self, sandbox_id: str) -> frozenset[str]:
+        """Return the ids of the grants that a sandbox's containers carry."""
+        own = self._carried.get(sandbox_id, ("", {}))[1]
+        return frozenset(
+            value
+            for sandbox, carried in self._carried.values()
+            if carried and sandbox == sandbox_id
+            for key, value in carried.items()
+            if key not in own
+        )
 
     def _candidates(self, sandbox_id: str, short: bool) -> Iterator[Path]:
         """Yield the `config.json` of what may be the sandbox's bundle, those of Kubernetes last: they count."""

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 PREFIX = "io.kubernetes.cri.sandbox-"
 SANDBOX_ID = f"{PREFIX}id"
 CONTAINER_TYPE = "io.kubernetes.cri.container-type"
+#: Where the kubelet has the device plugin's grants put (kube/shares.py), in containers' annotations. A pod's author
+#: cannot write there: containerd passes a pod's own annotations below other prefixes, and an id that is not the
+#: plugin's grants nothing.
+_GRANT = "grant.remora.dev/"
 #: nerdctl's pkg/labels: the name that `nerdctl run --name` gave.
 _NERDCTL_NAME = "nerdctl/name"
 _OWN_LABEL = "io.remora.label."
@@ -65,3 +69,9 @@ def tenant(annotations: Mapping[str, str]) -> str:
     """
     named, namespace = annotations.get("io.remora.tenant", ""), annotations.get(f"{PREFIX}namespace", "")
     return f"{namespace[:MAX_LABEL]}.{named}" if named and namespace else named
+
+
+def grants(annotations: Mapping[str, str]) -> dict[str, str]:
+    """Return the ids of grants among a container's annotations, by key. Those of a sandbox came with its pod: then
+    containerd was told to pass what pods' authors write, and the same keys of its containers count no more."""
+    return {key: value[:MAX_LABEL] for key, value in sorted(annotations.items()) if key.startswith(_GRANT)}

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Sighting:
     owner: int
     #: The agent's own socket is there.
     listening: bool
+    #: Ids of the grants that its containers carry.
+    grants: frozenset[str] = frozenset()
 
     @property
     def key(self) -> tuple[Place, tuple[int, int]]:
@@ -68,12 +70,13 @@ class Finder:
         seen: list[Sighting] = []
         ids: set[str] = set()
         unknown: list[Place] = []
+        self._bundles.look()
         for fleet in self._fleets:
             found = dict(self._named(fleet, fleet.places(), unknown))
             found.update(self._named(fleet, fleet.others({names.id for names in found.values()}), unknown))
             ids |= {place.id for place in found}
             for place, names in found.items():
-                sighting = _seen(place, names)
+                sighting = _seen(place, names, self._bundles.grants(names.id) if fleet.by_containerd else frozenset())
                 if sighting is not None and names.wanted:
                     seen.append(sighting)
         sockets = {sighting.place.socket for sighting in seen if sighting.place.socket is not None}
@@ -97,7 +100,7 @@ class Finder:
         self.unknown = [place for place, since_s in self._unknown_since_s.items() if now_s - since_s >= _UNKNOWN_S]
 
 
-def _seen(place: Place, names: Names) -> Sighting | None:
+def _seen(place: Place, names: Names, grants: frozenset[str]) -> Sighting | None:
     try:
         directory = place.directory.lstat()
     except OSError:
@@ -110,19 +113,32 @@ def _seen(place: Place, names: Names) -> Sighting | None:
         except OSError:
             pass  # not there yet, or not any more
         listening = os.path.lexists(place.socket.with_name(f"{place.socket.name}_{PORT}"))
-    return Sighting(place, names, (directory.st_dev, directory.st_ino), owner, listening)
+    return Sighting(place, names, (directory.st_dev, directory.st_ino), owner, listening, grants)
 
 
 class Fleets:
     """Serves what a `Finder` sees. All but the thread's loop runs on the reactor."""
 
     def __init__(
-        self, reactor: Reactor, attachments: Attachments, log: Log, finder: Finder, period_s: float = PERIOD_S
+        self,
+        reactor: Reactor,
+        attachments: Attachments,
+        log: Log,
+        finder: Finder,
+        present: Callable[[Identity, Iterable[str]], None],
+        period_s: float = PERIOD_S,
     ) -> None:
+        """
+        Args:
+            present: Gives a sandbox the grants that it presents.
+        """
         self._reactor = reactor
         self._attachments = attachments
         self._log = log
         self._finder = finder
+        self._present = present
+        #: What each sandbox has presented.
+        self._presented: dict[tuple[Place, tuple[int, int]], frozenset[str]] = {}
         self._period_s = period_s
         self._served: dict[tuple[Place, tuple[int, int]], Attachment] = {}
         #: What has been told already, with the reason: once is enough.
@@ -170,6 +186,7 @@ class Fleets:
             if self._attachments.end_found(attachment):
                 self._log.info("sandbox gone", sandbox=attachment.identity.sandbox, reason="its microVM has gone")
         self._refused = {key: reason for key, reason in self._refused.items() if key in by_key}
+        self._presented = {key: ids for key, ids in self._presented.items() if key in by_key}
         self._again = False
         for key, sighting in by_key.items():
             known = self._served.get(key)
@@ -180,6 +197,11 @@ class Fleets:
                     self._attachments.refresh_found(known, sighting.owner, listening=sighting.listening)
             except RemoraError as error:
                 self._refuse(sighting, error)
+                continue
+            further = sighting.grants - self._presented.get(key, frozenset())
+            if further:
+                self._presented[key] = sighting.grants
+                self._present(sighting.identity(), sorted(further))
         for place in unknown:
             if place not in self._told_unknown:
                 self._log.error(
