@@ -23,7 +23,7 @@ MOST_ROWS = 64
 _WORTH = 1.15
 #: While many wait, runs of this many rows: few enough that one more of them delays nobody much.
 _PAIR = 2
-#: A pair saves the agent and the worker one of two turns, which on a CPU take the model's own time: measured, 6 to 8 %
+#: A pair saves the agent and the worker one of two turns, which on a CPU take the model's own time: measured, 2 to 8 %
 #: of all processor time for EfficientNet-Lite0. So it need not be quicker by itself, only not slower, as far as that
 #: can be measured; and its run must be long beside the copies that join it.
 _NO_SLOWER = 0.97

@@ -19,6 +19,7 @@ import numpy as np
 
 from remora.backends.contract import Array, LoadedModel, Spec, Stop
 from remora.errors import InvalidArgumentError, RemoraError
+from remora.workers.joining import join
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: A size must bring this much more throughput than the best before, or it counts as a miss; after two the search ends.
@@ -28,6 +29,9 @@ _MISSES = 2
 _FOR_SIZES = 0.7
 #: Runs of each size, of which the quickest counts.
 _ROUNDS = 5
+#: Short runs are repeated in a round for about this long, so often at most: the first ones find cold caches.
+_LEAST_S = 0.005
+_MOST_REPEATS = 50
 #: Windows of one and of several threads, of which the best counts.
 _WINDOWS = 4
 #: A window says nothing of the model if this process had less of the processors than this part: others had them.
@@ -103,7 +107,8 @@ def curve(
             if rows > most or misses >= _MISSES or rows * sum(array.nbytes for array in one.values()) > _MOST_BYTES:
                 sizes = sizes[: sizes.index(rows)]
                 break
-            took_s = _timed(model, one, wanted, budget.stop, rows)
+            repeats = max(1, min(_MOST_REPEATS, int(_LEAST_S / expected_s))) if expected_s else 1
+            took_s = min([_timed(model, one, wanted, budget.stop, rows) for _ in range(repeats)])
             quickest[rows] = min(took_s, quickest.get(rows, took_s))
             misses = 0 if rows / took_s >= best * _GAIN else misses + 1
             best = max(best, rows / took_s)
@@ -166,7 +171,7 @@ def _timed(model: LoadedModel, one: Mapping[str, Array], wanted: Sequence[str], 
     On a CPU it is what was computed, not what was waited for: a run that others interrupt would look like a long one.
     """
     began_s, used_s = time.perf_counter(), time.process_time()
-    feeds = {name: np.concatenate([array] * times) for name, array in one.items()} if times > 1 else one
+    feeds = join([one] * times) if times > 1 else one
     computed = model.run(feeds, wanted, stop)
     if times > 1:
         _apart = [array.copy() for array in computed]

@@ -15,7 +15,38 @@ import numpy as np
 
 from remora.backends.contract import Array, LoadedModel, Stop
 from remora.errors import RemoraError
+from remora.workers.arena import ALIGN, aligned
 from remora.workers.protocol import Message
+
+#: Inputs that are larger in all get memory of their own, which goes with the run.
+_MOST_KEPT_BYTES = 64 << 20
+_kept = threading.local()
+
+
+def join(requests: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Return the inputs of several requests, one after the other along the first axis.
+
+    They lie in memory that the thread's next call uses again: fresh pages took three times as long as the copy.
+    """
+    names = list(requests[0])
+    sizes = [aligned(sum([one[name].nbytes for one in requests])) for name in names]
+    memory, start, joined = _memory(sum(sizes)), 0, {}
+    for name, size in zip(names, sizes, strict=True):
+        parts = [one[name] for one in requests]
+        shape = (sum([part.shape[0] for part in parts]), *parts[0].shape[1:])
+        into = memory[start : start + sum([part.nbytes for part in parts])].view(parts[0].dtype).reshape(shape)
+        joined[name] = np.concatenate(parts, out=into)
+        start += size
+    return joined
+
+
+def _memory(size_bytes: int) -> Array:
+    kept: Array | None = getattr(_kept, "memory", None)
+    if kept is None or len(kept) < size_bytes:
+        room: Array = np.empty(size_bytes + ALIGN, np.uint8)
+        kept = room[-room.ctypes.data % ALIGN :]
+        _kept.memory = kept if size_bytes <= _MOST_KEPT_BYTES else None
+    return kept
 
 
 class Member:
@@ -70,7 +101,7 @@ class JoinedRun:
         if any(one.form != first.form or not one.rows for one in self._members):
             return []
         try:
-            feeds = {name: np.concatenate([one.feeds[name] for one in self._members]) for name in first.feeds}
+            feeds = join([one.feeds for one in self._members])
             self._running = True
             for one in self._members:
                 one.stop.attach(partial(self._left, one))
