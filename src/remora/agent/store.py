@@ -1,4 +1,4 @@
-"""The content-addressed store: uploads in chunks, quotas, and what goes when space is short.
+"""The content-addressed store: uploads in chunks, quotas, use, and what goes when it is old or space is short.
 
 Knowing a digest is not having its content. A tenant sees a resource only after it uploaded every byte of it itself,
 whatever others have stored; the bytes are kept once all the same. All methods run in the reactor's thread; what blocks
@@ -14,12 +14,11 @@ from pathlib import Path
 
 from remora.agent import files
 from remora.agent.disk import DiskPool
+from remora.agent.holdings import Holdings
 from remora.agent.journal import Journal
-from remora.agent.ledger import Ledger
 from remora.agent.policy import Limits, StoreLimits
 from remora.agent.quotas import Quotas
 from remora.agent.upload import PutDone, Upload, check_quota
-from remora.agent.verified import Verified
 from remora.errors import (
     DataLossError,
     FailedPreconditionError,
@@ -56,12 +55,13 @@ class Store:
         self._counts = counts
         self._clock = clock
         self.quotas: Quotas | None = None
-        self._ledger = Ledger()
+        self._holdings = Holdings(resource_files, journal, disk, self._is_uploaded)
+        self._ledger, self._verified = self._holdings.ledger, self._holdings.verified
         self._uploads: dict[tuple[str, str], Upload] = {}
-        self._partial_bytes = 0
         self._replaced = False
-        self._verified = Verified()
-        self._recover()
+        self._holdings.recover()
+        self._partial_bytes = sum(size for _path, size, _at in self._files.partials())
+        self._expire_partials()
 
     def uploading(self) -> int:
         """Return how many uploads are under way: begun, not complete, and a chunk came a moment ago."""
@@ -72,21 +72,8 @@ class Store:
     def bytes_stored(self) -> int:
         return self._ledger.total_bytes + self._partial_bytes
 
-    def _recover(self) -> None:
-        """Take over what the last agent left; a file without a row was never acknowledged, a row without a file is
-        worth nothing."""
-        present = self._files.complete()
-        rows = dict(self._journal.rows("SELECT digest, size FROM resources"))
-        for tenant, digest, used_at in self._journal.rows("SELECT tenant, digest, used_at FROM owners"):
-            if digest in rows and present.get(digest) == rows[digest]:
-                self._ledger.own(tenant, digest, rows[digest], used_at)
-        owned = self._ledger.digests()
-        for digest in present.keys() - owned:
-            self._files.discard(self._files.path(digest))
-        for digest in rows.keys() - owned:
-            self._forget_rows(digest)
-        self._partial_bytes = sum(size for _path, size, _at in self._files.partials())
-        self._expire_partials()
+    def _is_uploaded(self, digest: str) -> bool:
+        return any(name == digest for _tenant, name in self._uploads)
 
     # -- questions --------------------------------------------------------------------------------------------------
 
@@ -234,7 +221,7 @@ class Store:
             self._verified.replaced(digest, self._ledger.owners(digest), *outcome)
         if upload.dropped:  # the tenant is gone
             self._disk.insist(digest, partial(self._files.discard, upload.path))
-            self._remove_unowned(digest)
+            self._holdings.remove_unowned(digest)
             done(_no_such(digest))
         elif isinstance(outcome, tuple):
             self._acknowledge(tenant, digest, upload, outcome[1], done)
@@ -261,10 +248,10 @@ class Store:
                 upload.end((size, True), done)
                 return
             if digest in self._ledger:  # others own it
-                self._journal.write(("DELETE FROM owners WHERE tenant=? AND digest=?", (tenant, digest)))
+                self._holdings.forget_row(tenant, digest)
             else:
-                self._forget_rows(digest)
-            self._remove_unowned(digest)
+                self._holdings.forget_rows(digest)
+            self._holdings.remove_unowned(digest)
             upload.end(error or _no_such(digest), done)
 
         self._journal.write(
@@ -281,8 +268,8 @@ class Store:
         if isinstance(error, DataLossError):  # the partial file is gone
             self._partial_bytes -= upload.counted_bytes
         if isinstance(error, ResourceExhaustedError):
-            self._evict(upload.total_bytes)
-        self._remove_unowned(digest)
+            self._holdings.evict(upload.total_bytes)
+        self._holdings.remove_unowned(digest)
         upload.end(error, done)
 
     # -- use --------------------------------------------------------------------------------------------------------
@@ -307,7 +294,7 @@ class Store:
 
         def checked(outcome: files.Stamp | RemoraError) -> None:
             if isinstance(outcome, DataLossError):
-                self._forget(digest)
+                self._holdings.forget(digest)
             if isinstance(outcome, RemoraError):
                 done(outcome)
                 return
@@ -331,15 +318,14 @@ class Store:
         now = self._clock()
         for digest in digests:
             if digest in self._ledger and not self.owns(tenant, digest):
-                self._ledger.own(tenant, digest, self._ledger.size(digest), now)
-                self._journal.write(("INSERT OR REPLACE INTO owners VALUES (?,?,?)", (tenant, digest, now)))
+                self._holdings.grant(tenant, digest, now)
 
     # -- getting rid of things --------------------------------------------------------------------------------------
 
     def release(self, tenant: str, digest: str) -> None:
         """The tenant gives a resource up; the bytes go when nobody else has them."""
         if not self._ledger.holds(tenant, digest):
-            self._disown(tenant, digest)
+            self._holdings.disown(tenant, digest)
 
     def drop_tenant(self, tenant: str) -> None:
         """Forget a tenant that will not come back, with its unfinished uploads."""
@@ -351,7 +337,7 @@ class Store:
             self._partial_bytes -= size
             self._disk.insist(f"sha256:{path.name}", partial(self._files.discard, path))
         for digest in self._ledger.of_tenant(tenant):
-            self._disown(tenant, digest)
+            self._holdings.disown(tenant, digest)
 
     def tidy(self) -> None:
         """Free what uploads have replaced; called every second or so, so that no upload is measured by it."""
@@ -362,7 +348,7 @@ class Store:
     def sweep(self) -> None:
         """Remove what nobody used for long; called now and then."""
         for tenant, digest in self._ledger.unused_since(self._clock() - self._limits.max_age_s):
-            self._disown(tenant, digest)
+            self._holdings.disown(tenant, digest)
         self._expire_partials()
 
     def _expire_partials(self) -> None:
@@ -381,42 +367,10 @@ class Store:
             self._files.discard(path)
             self._partial_bytes -= size
 
-    def _disown(self, tenant: str, digest: str) -> None:
-        self._verified.forget(tenant, digest)
-        self._journal.write(("DELETE FROM owners WHERE tenant=? AND digest=?", (tenant, digest)))
-        if self._ledger.disown(tenant, digest):
-            self._forget_rows(digest)
-            self._remove_unowned(digest)
-
-    def _forget(self, digest: str) -> None:
-        """Remove a resource for all its owners."""
-        for tenant in self._ledger.owners(digest):
-            self._disown(tenant, digest)
-
-    def _forget_rows(self, digest: str) -> None:
-        self._journal.write(
-            ("DELETE FROM owners WHERE digest=?", (digest,)), ("DELETE FROM resources WHERE digest=?", (digest,))
-        )
-
-    def _remove_unowned(self, digest: str) -> None:
-        """Remove a file that nobody owns; but not while someone uploads it, who may have just given it its name."""
-        if digest not in self._ledger and not any(name == digest for _tenant, name in self._uploads):
-            self._disk.insist(digest, partial(self._files.discard, self._files.path(digest)))
-
     def _make_room(self, size: int) -> None:
         missing = self.bytes_stored + size - self._limits.total_bytes
-        if missing > 0 and self._evict(missing) < missing:
+        if missing > 0 and self._holdings.evict(missing) < missing:
             raise ResourceExhaustedError(
                 "the store is full, and sessions use all that is in it (store.total_bytes)",
                 fix="try again later, or ask the operator to raise it",
             )
-
-    def _evict(self, wanted_bytes: int) -> int:
-        """Remove the least recently used resources that no session holds; return the bytes they took."""
-        freed = 0
-        for digest in self._ledger.unheld():
-            if freed >= wanted_bytes:
-                break
-            freed += self._ledger.size(digest)
-            self._forget(digest)
-        return freed
