@@ -16,6 +16,7 @@ from remora.client.calls import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, DEFAULT_MODEL
 from remora.client.continuity import Continuity
 from remora.client.inference import Inference
 from remora.client.source import Source
+from remora.client.views import ModelView, SessionView
 from remora.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from remora.wire import remora_v1 as v1
 
@@ -23,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Awaitable, Callable, Dict, Generator, List, Mapping, Optional, Sequence, TypeVar
 
-    from remora.client.values import Detection, Keypoint, Label, ModelInfo, Segmentation, TensorSpec
+    from remora.client.values import Detection, Keypoint, Label, ModelInfo, Segmentation
     from remora.wire.ttrpc.core import Metadata
 
     Answer = TypeVar("Answer")
@@ -71,11 +72,13 @@ class Connecting:
         return AsyncSession(link, call_timeout_s=self._call_timeout_s)
 
 
-class AsyncSession:
+class AsyncSession(SessionView):
     """An open session; `connect` makes it. For the tasks of one event loop.
 
     Methods, arguments, results and errors are those of `remora.Session`.
     """
+
+    _link: AsyncLink
 
     def __init__(self, link: AsyncLink, *, call_timeout_s: float) -> None:
         self._link = link
@@ -88,28 +91,6 @@ class AsyncSession:
 
     async def __aexit__(self, *_exception: object) -> None:
         await self.close()
-
-    def __repr__(self) -> str:
-        return f"<remora.AsyncSession {self.id} at {self.address}>"
-
-    @property
-    def id(self) -> str:
-        """Public name of the session, as the agent's log has it. It changes when the microVM is cloned."""
-        return self._link.continuity.session_id
-
-    @property
-    def address(self) -> str:
-        return self._link.address.url
-
-    @property
-    def agent(self) -> str:
-        """Name and version of the agent."""
-        return self._link.continuity.agent
-
-    @property
-    def operations(self) -> Sequence[str]:
-        """Names of the operations that policy allows here."""
-        return self._link.continuity.operations
 
     async def classify(
         self,
@@ -295,24 +276,12 @@ class AsyncSession:
         await self._call("UnloadModel", v1.UnloadModelRequest(model=name), v1.Empty, self._call_timeout_s)
 
 
-class AsyncModel:
+class AsyncModel(ModelView):
     """A model that is loaded in a session."""
 
     def __init__(self, session: AsyncSession, info: ModelInfo) -> None:
         self._session = session
         self.info = info
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def inputs(self) -> Sequence[TensorSpec]:
-        return self.info.inputs
-
-    @property
-    def outputs(self) -> Sequence[TensorSpec]:
-        return self.info.outputs
 
     async def infer(
         self,
@@ -329,9 +298,3 @@ class AsyncModel:
     async def unload(self) -> None:
         """Release the model. The uploaded bytes stay with the agent until it needs the room."""
         await self._session._unload(self.name)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def __repr__(self) -> str:
-        return f"<remora.AsyncModel {self.name}>"

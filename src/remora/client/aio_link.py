@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 
-from remora.client import ready, transport
+from remora.client import transport
 from remora.client.continuity import (
     CLOSE_TIMEOUT_S,
     HELLO_TIMEOUT_S,
@@ -21,6 +21,7 @@ from remora.client.continuity import (
     UPLOAD_WINDOW,
     Patience,
 )
+from remora.client.health import Health
 from remora.client.inference import InferAnswer, Inference
 from remora.client.link import NobodyThereError
 from remora.errors import (
@@ -61,22 +62,11 @@ if TYPE_CHECKING:
     Response = TypeVar("Response", bound=Message)
 
 
-class Connection:
+class Connection(Health):
     """One socket to the agent, and what is known of its health."""
 
-    __slots__ = ("client", "generation", "suspect", "region", "asked")
-
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.generation = ready.generation()
-        #: True after a deadline passed on it: alive and slow, or dead.
-        self.suspect = False
-        #: Memory shared with the agent, once a request wanted some and got it.
-        self.region: Optional[Region] = None
-        self.asked = False
-
-    def is_usable(self) -> bool:
-        return not self.client.closed and self.generation == ready.generation()
+    __slots__ = ()
+    client: Client
 
 
 class AsyncLink:
@@ -175,23 +165,18 @@ class AsyncLink:
         size_bytes = request.shared_bytes
         if not size_bytes or not self.continuity.share_bytes:
             return None
-        region = connection.region
-        if region is not None and region.is_spent:
-            connection.region, connection.asked, region = None, False, None
-        if region is None and not connection.asked:
-            connection.asked = True  # other tasks send messages meanwhile, and we do for good if it is refused
+        wanted = connection.wanted_bytes(size_bytes, self.continuity.share_bytes)
+        if wanted:
             from remora.client import region as regions
 
-            wanted = regions.wanted_bytes(size_bytes, self.continuity.share_bytes)
             sharing = asyncio.get_running_loop().run_in_executor(
                 None, regions.share, self.address, self.continuity.token, wanted, HELLO_TIMEOUT_S
             )
             try:
-                region = await sharing
+                connection.region = await sharing
             except RemoraError:
                 return None
-            connection.region = region
-        return region
+        return connection.region
 
     async def _call(
         self,

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import deque
 
-from remora.client import ready, transport
+from remora.client import transport
 from remora.client.address import Address
 from remora.client.continuity import (
     CLOSE_TIMEOUT_S,
@@ -26,6 +26,7 @@ from remora.client.continuity import (
     Continuity,
     Patience,
 )
+from remora.client.health import Health
 from remora.client.inference import InferAnswer, Inference
 from remora.errors import (
     DeadlineExceededError,
@@ -50,23 +51,15 @@ if TYPE_CHECKING:
     Response = TypeVar("Response", bound=Message)
 
 
-class Connection:
+class Connection(Health):
     """One socket to the agent, and what is known of its health."""
 
-    __slots__ = ("client", "sock", "generation", "suspect", "region", "asked")
+    __slots__ = ("sock",)
+    client: Client
 
     def __init__(self, sock: socket.socket) -> None:
+        super().__init__(Client(sock, max_message_bytes=MAX_ANSWER_BYTES))
         self.sock = sock
-        self.client = Client(sock, max_message_bytes=MAX_ANSWER_BYTES)
-        self.generation = ready.generation()
-        #: True after a deadline passed on it: alive and slow, or dead.
-        self.suspect = False
-        #: Memory shared with the agent, once a request wanted some and got it.
-        self.region: Optional[Region] = None
-        self.asked = False
-
-    def is_usable(self) -> bool:
-        return not self.client.closed and self.generation == ready.generation()
 
 
 class Link:
@@ -159,20 +152,15 @@ class Link:
         size_bytes = request.shared_bytes
         if not size_bytes or not self.continuity.share_bytes:
             return None
-        region = connection.region
-        if region is not None and region.is_spent:
-            connection.region, connection.asked, region = None, False, None
-        if region is None and not connection.asked:
-            connection.asked = True  # other threads send messages meanwhile, and we do for good if it is refused
+        wanted = connection.wanted_bytes(size_bytes, self.continuity.share_bytes)
+        if wanted:
             from remora.client import region as regions
 
-            wanted = regions.wanted_bytes(size_bytes, self.continuity.share_bytes)
             try:
-                region = regions.share(self.address, self.continuity.token, wanted, HELLO_TIMEOUT_S)
+                connection.region = regions.share(self.address, self.continuity.token, wanted, HELLO_TIMEOUT_S)
             except RemoraError:
                 return None
-            connection.region = region
-        return region
+        return connection.region
 
     def _call(
         self,

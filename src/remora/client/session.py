@@ -16,7 +16,8 @@ from remora.client.continuity import Continuity
 from remora.client.inference import Inference
 from remora.client.link import Link
 from remora.client.source import Source
-from remora.client.values import Detection, Keypoint, Label, ModelInfo, Segmentation, TensorSpec
+from remora.client.values import Detection, Keypoint, Label, ModelInfo, Segmentation
+from remora.client.views import ModelView, SessionView
 from remora.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from remora.wire import remora_v1 as v1
 
@@ -58,11 +59,13 @@ def connect(
     return Session(link, call_timeout_s=call_timeout_s)
 
 
-class Session:
+class Session(SessionView):
     """An open session; `remora.connect` makes it. All methods are safe from several threads.
 
     Every method may raise UnavailableError (the agent is gone and did not come back) and DeadlineExceededError.
     """
+
+    _link: Link
 
     def __init__(self, link: Link, *, call_timeout_s: float) -> None:
         self._link = link
@@ -75,28 +78,6 @@ class Session:
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        return f"<remora.Session {self.id} at {self.address}>"
-
-    @property
-    def id(self) -> str:
-        """Public name of the session, as the agent's log has it. It changes when the microVM is cloned."""
-        return self._link.continuity.session_id
-
-    @property
-    def address(self) -> str:
-        return self._link.address.url
-
-    @property
-    def agent(self) -> str:
-        """Name and version of the agent."""
-        return self._link.continuity.agent
-
-    @property
-    def operations(self) -> Sequence[str]:
-        """Names of the operations that policy allows here."""
-        return self._link.continuity.operations
 
     def classify(
         self,
@@ -335,24 +316,12 @@ class Session:
         self._call("UnloadModel", v1.UnloadModelRequest(model=name), v1.Empty, self._call_timeout_s)
 
 
-class Model:
+class Model(ModelView):
     """A model that is loaded in a session."""
 
     def __init__(self, session: Session, info: ModelInfo) -> None:
         self._session = session
         self.info = info
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def inputs(self) -> Sequence[TensorSpec]:
-        return self.info.inputs
-
-    @property
-    def outputs(self) -> Sequence[TensorSpec]:
-        return self.info.outputs
 
     def infer(
         self,
@@ -369,9 +338,3 @@ class Model:
     def unload(self) -> None:
         """Release the model. The uploaded bytes stay with the agent until it needs the room."""
         self._session._unload(self.name)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def __repr__(self) -> str:
-        return f"<remora.Model {self.name}>"
