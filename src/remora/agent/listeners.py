@@ -22,8 +22,9 @@ from remora.reactor import READ, Reactor
 _BACKLOG = 4096
 #: How long accepting pauses when the process has no descriptor left.
 _PAUSE_S = 0.1
-#: Connections accepted in one go, so that a flood of them does not starve those that are there.
-_BATCH = 64
+#: Connections accepted in one go. Others' requests come between: beside two floods of connections a ping of another
+#: guest took 2.9 ms with 64, 0.6 with 8, 0.2 with 2.
+_BATCH = 4
 
 
 def _in_use(path: Path) -> bool:

@@ -7,6 +7,7 @@ asked for, because `remora --help` and `remora run` must not pay for each other'
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import os
@@ -125,7 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         what = f": {error.filename}" if error.filename else ""
-        print(f"remora {command}: {error.strerror or error}{what} (--debug shows where)", file=sys.stderr)
+        fix = "--debug shows where"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            from remora import paths
+
+            fix = f"free some space; images, models and uploads lie in {paths.state_dir()}; {fix}"
+        print(f"remora {command}: {error.strerror or error}{what} ({fix})", file=sys.stderr)
         return 1
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from remora.errors import FailedPreconditionError
+from remora.errors import FailedPreconditionError, ResourceExhaustedError
 
 #: Kernels made for virtual machines: Debian's first, then Ubuntu's.
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-generic")
@@ -51,6 +51,8 @@ def _run(argv: list[str], *, cwd: Path | None = None) -> str:
         ) from error
     if done.returncode != 0:
         last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        if "No space left" in done.stderr:
+            raise ResourceExhaustedError("the guest OS packages do not fit on the disk", fix="free some space")
         raise FailedPreconditionError(
             f"{argv[0]} failed while fetching the guest OS packages: {last}",
             fix="run apt-get update, check the network and the apt sources, and try again",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import resource
 import signal
@@ -266,6 +267,16 @@ def test_a_client_that_scribbles_over_a_running_job_spoils_only_its_own(agent: A
         for round_number in range(20):
             region.memory[:4096] = os.urandom(4096)
             infer(guest, request(place=(64 * round_number, 4096)))  # over its own input, too
+            assert other.infer("identity", float(round_number)).outputs[0].dtype == "float32"
+
+
+def test_a_client_that_takes_pages_away_spoils_only_its_own(agent: AgentProcess, guest: Guest) -> None:
+    region = share(agent, guest.token)
+    with Guest(agent.connect()) as other:
+        for round_number in range(20):
+            region._map.madvise(mmap.MADV_REMOVE)  # punches holes: what is read there is zero, and no SIGBUS
+            infer(guest, request())
+            region._map.madvise(mmap.MADV_REMOVE)
             assert other.infer("identity", float(round_number)).outputs[0].dtype == "float32"
 
 

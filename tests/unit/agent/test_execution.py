@@ -16,12 +16,14 @@ from remora.agent.core import Core
 from remora.agent.identity import Identity
 from remora.agent.logs import Log
 from remora.agent.policy import Limits, Policy
+from remora.agent.rules import Rules, parse_rules
 from remora.agent.sessions import Session
 from remora.errors import (
     AbortedError,
     CancelledError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     RemoraError,
     ResourceExhaustedError,
 )
@@ -234,6 +236,42 @@ def test_a_worker_of_a_tenants_own_cannot_say_that_it_ran_for_no_time(
     run.timings.begun_s -= 1.0  # so long ago it went there
     bench.workers.finish(Result(run_us=0))
     assert charged[0] > 900_000
+
+
+def test_time_that_ends_in_a_failure_is_charged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    charged: list[int] = []
+    monkeypatch.setattr(bench.core.quotas, "charge", lambda _tenant, _terms, run_us, **_more: charged.append(run_us))
+    for outcome in (InvalidArgumentError("the model refused to run"), None):
+        run, _box = bench.infer()
+        bench.until_job()
+        run.timings.begun_s -= 1.0
+        if outcome is None:
+            bench.core.execution.cancel(run)  # at the last moment
+        bench.workers.finish(outcome)
+    assert min(charged) > 900_000
+
+
+def test_policy_is_asked_again_before_a_program_that_is_loaded_runs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digest = "sha256:" + "a" * 64
+    program = tmp_path / "program"
+    program.write_bytes(b"PK\x03\x04")
+    monkeypatch.setattr(bench.core.store, "owns", lambda _tenant, _digest: True)
+    monkeypatch.setattr(bench.core.store, "open", lambda _tenant, _digest, done: done(program))
+    bench.session.models = {digest: ""}
+    allowed = parse_rules({"defaults": {"exec": True}}, "test", "test")
+    bench.core.quotas.replace(allowed)
+    bench.infer(model=digest)
+    bench.until_job()
+    bench.workers.finish()
+    bench.core.quotas.replace(Rules())  # and it stays loaded
+    with pytest.raises(PermissionDeniedError, match="TorchScript"):
+        bench.infer(model=digest)
+    bench.core.quotas.replace(allowed)
+    bench.infer(model=digest)
+    bench.workers.finish()
+    assert len(bench.workers.loads) == 1
 
 
 def test_a_session_that_ends_stops_its_requests(bench: Bench) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import pkgutil
 
 import pytest
@@ -24,6 +26,18 @@ def test_every_listed_command_has_a_module_and_every_module_is_listed() -> None:
         module = importlib.import_module(f"remora.cli.{name}")
         assert name == module.NAME
         assert module.HELP
+
+
+def test_a_full_disk_names_the_place_to_clear(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_more: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cli, "_run", full)
+    monkeypatch.setenv("REMORA_STATE_DIR", "/srv/remora")
+    assert cli.main(["ps"]) == 1
+    assert "free some space; images, models and uploads lie in /srv/remora" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
