@@ -472,7 +472,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(encoded)))
         self.end_headers()
-        self.wfile.write(encoded)
+        if encoded:
+            self.wfile.write(encoded)
 
     do_GET = do_PUT = do_PATCH = _answer
 

@@ -7,7 +7,7 @@ refuses a request says that name: whoever reads the refusal knows which key of t
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class FleetSettings:
     """Section `[fleets]`: others' microVMs that the agent finds and serves."""
 
     #: As `--attach` has them.
-    attach: Sequence[str] = ()
+    attach: tuple[str, ...] = ()
     #: Where containerd has its state, and in it the names of sandboxes.
     containerd: str = "/run/containerd"
 
@@ -145,7 +145,7 @@ def _check_value(where: str, key: str, value: object, default: object) -> None:
     elif isinstance(default, float):
         good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
         wanted = "a number above 0"
-    elif isinstance(default, Sequence):
+    elif isinstance(default, tuple):
         good = isinstance(value, list) and all(isinstance(one, str) for one in value)
         wanted = "a list of texts"
     else:
@@ -169,7 +169,8 @@ def _section(name: str, values: object, where: str) -> Section:
                 f"{where}: [{name}] has no key `{key}`", fix=f"the keys are {', '.join(sorted(defaults))}"
             )
         _check_value(f"{where}: [{name}]", key, value, defaults[key])
-    return cls(**values)
+    checked: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return cls(**checked)
 
 
 def parse(text: str, where: str = "the configuration") -> Policy:

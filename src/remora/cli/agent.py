@@ -160,7 +160,7 @@ def _with_fleets(policy: Policy, attach: list[str] | None) -> Policy:
 
     from remora.agent.fleets.layouts import parse_fleet
 
-    fleets = policy.fleets if attach is None else replace(policy.fleets, attach=attach)
+    fleets = policy.fleets if attach is None else replace(policy.fleets, attach=tuple(attach))
     for text in fleets.attach:
         parse_fleet(text)  # before anything is started
     return replace(policy, fleets=fleets)

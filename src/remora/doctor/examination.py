@@ -21,6 +21,7 @@ CHECKS = (
     Check("KVM, by booting a guest", machines.acceleration),
     Check("channels and networks", machines.channels),
     Check("the node agent", node.agent),
+    Check("microVMs of others", node.fleets),
     Check("confinement of workers", node.confinement),
     Check("accelerators", node.accelerators),
     Check("models", node.models),

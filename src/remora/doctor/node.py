@@ -6,18 +6,25 @@ import glob
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from remora import paths
 from remora.agent import status
+from remora.agent.fleets.finder import Finder
+from remora.agent.fleets.layouts import Kata
 from remora.catalog import load_catalog
 from remora.doctor.report import Finding
 from remora.errors import RemoraError
 from remora.vmm.process import find_program, first_line
+from remora.wire import control_v1 as v1
 from remora.workers import cgroups
 
 AGENT, WORKERS, ACCELERATORS, STORAGE = "agent", "workers", "accelerators", "storage"
+#: Where Kata and containerd keep what is running.
+KATA = Path("/")
+CONTAINERD = Path("/run/containerd")
 #: A classification image, its guest and the models take about this much.
 LITTLE_SPACE_BYTES = 4 << 30
 
@@ -31,6 +38,33 @@ def agent() -> Iterator[Finding]:
         yield Finding(AGENT, "node agent", "note", error.message, "run: remora agent")
         return
     yield Finding(AGENT, "node agent", "ok", f"{health} at {control}")
+
+
+def fleets() -> Iterator[Finding]:
+    """Which microVMs of others are here, and whether the agent serves them."""
+    seen = {sighting.names.sandbox for sighting in Finder([Kata(KATA)], CONTAINERD).look()}
+    served: dict[str, str] = {}
+    try:
+        answer = status.call(paths.control_socket(), "Attachments", v1.Empty(), v1.AttachmentsResponse)
+        served = {one.sandbox: one.labels["fleet"] for one in answer.attachments if one.labels.get("fleet")}
+    except RemoraError:
+        pass  # told by the agent's own line
+    there = len(seen & served.keys())
+    if not seen:
+        yield Finding(AGENT, "Kata sandboxes", "note", "none that containerd knows runs on this node")
+    elif there == len(seen):
+        yield Finding(AGENT, "Kata sandboxes", "ok", f"{there}, all served by the agent")
+    else:
+        yield Finding(
+            AGENT,
+            "Kata sandboxes",
+            "note",
+            f"{len(seen)}, {there} of them served by the agent",
+            "run: remora agent --attach kata (docs/kata.md)",
+        )
+    for fleet, count in sorted(Counter(served.values()).items()):
+        if fleet != Kata.name:
+            yield Finding(AGENT, f"{fleet} microVMs", "ok", f"{count} found and served by the agent")
 
 
 def confinement() -> Iterator[Finding]:

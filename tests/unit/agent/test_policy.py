@@ -21,6 +21,14 @@ def test_an_empty_file_means_the_defaults() -> None:
     assert policy.parse("") == policy.Policy() == policy.load(None)
 
 
+def test_fleets_are_a_list_of_texts() -> None:
+    parsed = policy.parse('[fleets]\nattach = ["kata", "firecracker:/srv/fc/*/v.sock"]\n')
+    assert parsed.fleets.attach == ("kata", "firecracker:/srv/fc/*/v.sock")
+    for wrong in ('"kata"', "[1]"):
+        with pytest.raises(InvalidArgumentError, match="a list of texts"):
+            policy.parse(f"[fleets]\nattach = {wrong}\n")
+
+
 def test_keys_override_their_defaults() -> None:
     parsed = policy.parse("[limits]\nqueue_length_per_tenant = 7\n[workers]\nstop_grace_s = 2\nseccomp = false\n")
     assert parsed.limits.queue_length_per_tenant == 7
@@ -76,7 +84,8 @@ def test_the_operators_page_lists_every_key_with_its_default() -> None:
     for section in fields(policy.Policy):
         if section.name == "rules":  # docs/policy.md has those
             continue
-        defaults = asdict(getattr(policy.Policy(), section.name))
+        chosen = asdict(getattr(policy.Policy(), section.name))
+        defaults = {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
         defaults.pop("threads", None)  # the machine decides
         shown = written[section.name]
         shown.pop("threads", None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fleets import Node
 from remora.cli.main import main
 from remora.doctor import cluster, examination, machines, node
 from remora.doctor.report import Check, Finding, worst
@@ -52,6 +53,21 @@ def test_installed_monitors_are_told_with_their_versions(empty_path: Path) -> No
     assert "same Firecracker release" in found["jailer"].fix
 
 
+def test_kata_sandboxes_that_nobody_serves_are_told_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("REMORA_RUNTIME_DIR", str(tmp_path / "no-agent"))
+    kata = Node(tmp_path)
+    monkeypatch.setattr(node, "KATA", kata.root)
+    monkeypatch.setattr(node, "CONTAINERD", kata.containerd)
+    assert "none" in by_name(node.fleets())["Kata sandboxes"].detail
+    kata.boot(kata.path("go-cloud-hypervisor", kata.pod("prod", "web")))
+    found = by_name(node.fleets())["Kata sandboxes"]
+    kata.close()
+    assert (found.state, found.detail) == ("note", "1, 0 of them served by the agent")
+    assert "remora agent --attach kata" in found.fix
+
+
 def test_without_bubblewrap_no_worker_can_be_confined(empty_path: Path) -> None:
     found = by_name(node.confinement())
     assert found["bubblewrap"].state == "bad"
@@ -81,7 +97,7 @@ def test_containerds_version_decides(
     program(empty_path, "containerd", f"echo {says}")
     found = by_name(cluster.containerd())
     assert (found["containerd"].state, words in found["containerd"].detail) == (state, True)
-    assert "docs/kubernetes.md" in found["Remora's shim"].fix
+    assert "remora node install" in found["Remora's shim"].fix
 
 
 def test_a_running_containerds_snapshotters_and_cri_are_looked_at(

@@ -41,7 +41,7 @@ class Bundles:
 
     def __init__(self, state: Path) -> None:
         self._tasks = state / _TASKS
-        self._known: dict[str, Names] = {}
+        self._known: dict[tuple[str, bool], Names] = {}
         #: Container -> its sandbox, and the ids of grants that it carries, by key.
         self._carried: dict[str, tuple[str, Mapping[str, str]]] = {}
 
@@ -50,7 +50,7 @@ class Bundles:
 
         None: containerd knows no such sandbox, or several that begin so.
         """
-        known = self._known.get(sandbox_id)
+        known = self._known.get((sandbox_id, short))
         if known is None:
             found = {path.parent.name: path for path in self._candidates(sandbox_id, short)}
             if len(found) != 1:
@@ -59,7 +59,7 @@ class Bundles:
             annotations = _annotations(path)
             if annotations is None or not _is_sandbox(annotations, whole, path.parent.parent.name):
                 return None
-            known = self._known[sandbox_id] = Names(
+            known = self._known[sandbox_id, short] = Names(
                 whole,
                 cri.sandbox_name(annotations, whole),
                 cri.tenant(annotations),
@@ -105,7 +105,7 @@ class Bundles:
 
     def keep(self, ids: set[str]) -> None:
         """Forget all sandboxes but these."""
-        self._known = {key: value for key, value in self._known.items() if key in ids}
+        self._known = {key: value for key, value in self._known.items() if key[0] in ids}
 
 
 def _is_sandbox(annotations: Mapping[str, str], sandbox_id: str, namespace: str) -> bool:
