@@ -63,8 +63,6 @@ __all__ = [
     "Writable",
 ]
 
-_MAX_CREDIT = (1 << 32) - 1
-
 
 class Mux:
     """One end. Streams are named by numbers: odd ones were opened by the initiator.
@@ -189,12 +187,7 @@ class Mux:
         stream = self._find(stream_id)
         if stream is None:
             return
-        size = len(payload)
-        if not stream.accepted or stream.fin_received:
-            raise ProtocolError(f"mux stream {stream_id}: data before it was accepted or after its end")
-        if size > stream.allowed:
-            raise ProtocolError(f"mux stream {stream_id}: {size} bytes of data, but only {stream.allowed} are allowed")
-        stream.allowed -= size
+        stream.arrived(len(payload))
         self._events.append(Data(stream_id, payload))
 
     def _on_control(self, kind: int, stream_id: int, value: int) -> None:
@@ -205,7 +198,8 @@ class Mux:
         if stream is None:
             return
         if kind == frames.WINDOW:
-            self._on_window(stream, value)
+            if stream.widened(value, self._room_bytes):
+                self._events.append(Writable(stream_id))
         elif kind == frames.ACCEPT or kind == frames.REJECT:
             if stream.accepted or stream_id & 1 != self._first_id & 1:
                 raise ProtocolError(f"mux stream {stream_id}: an answer to an OPEN that was not sent or is answered")
@@ -217,9 +211,7 @@ class Mux:
                 self._forget(stream)
                 self._events.append(Rejected(stream_id, value))
         elif kind == frames.FIN:
-            if not stream.accepted or stream.fin_received:
-                raise ProtocolError(f"mux stream {stream_id}: ended twice, or before it was accepted")
-            stream.fin_received = True
+            stream.ended()
             self._events.append(HalfClosed(stream_id))
             self._forget_if_done(stream)
         else:
@@ -236,15 +228,6 @@ class Mux:
             return
         self._streams[stream_id] = Stream(stream_id)
         self._events.append(Opened(stream_id, port))
-
-    def _on_window(self, stream: Stream, value: int) -> None:
-        if value == 0 or stream.credit + value > _MAX_CREDIT:
-            raise ProtocolError(f"mux stream {stream.id}: a window of {value} bytes on top of {stream.credit}")
-        # A peer may offer more than this end wants to queue; see MIN_ROOM_BYTES for why none is lost that matters.
-        stream.credit = min(stream.credit + value, self._room_bytes)
-        if stream.starved and stream.accepted:
-            stream.starved = False
-            self._events.append(Writable(stream.id))
 
     def _find(self, stream_id: int) -> Optional[Stream]:
         """Return the stream; None if it is over (its peer may not know yet)."""
@@ -292,21 +275,13 @@ class Mux:
 
         Data that is not `bytes` is copied, so its buffer may be used again at once.
         """
-        size = len(data)
         stream = self._streams.get(stream_id)
         if stream is None or stream.fin_due:
-            return size
-        taken = min(size, stream.credit)
-        if taken < size or not stream.accepted:
-            stream.starved = True
-            if not stream.accepted:
-                return 0
-        if taken:
-            stream.credit -= taken
-            whole = taken == size and type(data) is bytes
-            stream.queue.append(data if whole else bytes(memoryview(data)[:taken]))  # type: ignore[arg-type]  # bytes
-            if len(stream.queue) == 1:
-                self._turns.append(stream)
+            return len(data)
+        waits = bool(stream.queue)
+        taken = stream.put(data)
+        if taken and not waits:
+            self._turns.append(stream)
         return taken
 
     def close_write(self, stream_id: int) -> None:

@@ -17,6 +17,7 @@ import pytest
 import remora
 from agent_process import AgentProcess, catalogue_directory, running_agent, wait_until
 from remora import aio
+from remora.client.inference import Inference
 from remora.client.region import Region
 from remora.errors import DeadlineExceededError, ResourceExhaustedError
 
@@ -92,6 +93,21 @@ def test_more_results_than_there_is_memory_come_through_the_socket(session: remo
     given = [tensor(number, 1024) for number in range(24)]  # 4 MiB each
     found = [echo(session, one) for one in given]
     assert all((one == other).all() for one, other in zip(given, found, strict=True))
+
+
+def test_a_small_tensor_goes_through_the_socket_where_memory_is_shared(session: remora.Session) -> None:
+    echo(session, tensor())
+    region = region_of(session)
+    free = region.take([region.size_bytes])  # all of it: whatever needs a place gets none
+    small = tensor(side=4)
+    request = Inference("identity", {"input": small}, None, 1)
+    assert request.shared_bytes == 0
+    connection = session._link._connection
+    assert connection is not None
+    assert session._link._region(connection, request) is None
+    assert (echo(session, small) == small).all()
+    assert free is not None
+    region.give_back(*free[0])
 
 
 def test_plain_buffers_are_shared_too(session: remora.Session) -> None:
