@@ -24,12 +24,13 @@ from remora.wire.ttrpc.sync import Client
 BATCH = 64
 _MOST_BYTES = 64 << 10
 _CALL_S = 10.0
-#: How long an agent may take to end, once it has drained.
-ENDING_S = 30.0
 
 
 class Predecessor:
     """The agent that runs. Its control connection says to it that its successor lives."""
+
+    #: How long it may take to end, once it has drained.
+    ENDING_S = 30.0
 
     def __init__(self, client: Client, control: Path, state: Path) -> None:
         self._client = client
@@ -94,7 +95,9 @@ class Predecessor:
         """
         request = v1.DrainRequest(timeout_s=timeout_s, successor=True)
         try:
-            answer = self._client.call(v1.SERVICE, "Drain", request, v1.DrainResponse, timeout_s=timeout_s + ENDING_S)
+            answer = self._client.call(
+                v1.SERVICE, "Drain", request, v1.DrainResponse, timeout_s=timeout_s + self.ENDING_S
+            )
         except UnavailableError:
             return 0  # it has ended already
         return answer.given_up

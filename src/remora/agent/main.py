@@ -16,10 +16,10 @@ from remora import __version__
 from remora.agent import lifecycle
 from remora.agent.addresses import Address
 from remora.agent.cards import CatalogueEntry
-from remora.agent.handover import ENDING_S, Predecessor
 from remora.agent.inherited import Inherited
 from remora.agent.logs import Log
 from remora.agent.policy import Policy
+from remora.agent.trace_options import TraceOptions
 from remora.reactor import Reactor
 from remora.workers.contract import Workers
 from remora.workers.settings import WorkerSettings
@@ -27,7 +27,7 @@ from remora.workers.settings import WorkerSettings
 if TYPE_CHECKING:  # imported in `run`, while the first worker starts
     from remora.agent.certificates import CertificateFiles
     from remora.agent.core import Core
-    from remora.agent.otlp import TraceOptions
+    from remora.agent.handover import Predecessor
     from remora.agent.server import Agent
 
 #: Objects made and kept since the last garbage collection that bring the next one; Python's own number is 700.
@@ -65,6 +65,7 @@ class Options:
 _RESERVED_DESCRIPTORS = 1024
 
 MakeWorkers = Callable[[Reactor, WorkerSettings], Workers]
+LoadCatalogue = Callable[[], Mapping[str, CatalogueEntry]]
 
 
 def _within_descriptors(policy: Policy) -> Policy:
@@ -114,7 +115,7 @@ def _settle_memory() -> None:
     gc.set_threshold(_OBJECTS_PER_COLLECTION, 20, 20)
 
 
-def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers: MakeWorkers) -> int:
+def run(options: Options, load_catalogue: LoadCatalogue, make_workers: MakeWorkers) -> int:
     """Run an agent until SIGTERM or SIGINT; return the exit status.
 
     Raises:
@@ -125,7 +126,11 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
     lifecycle.private_directory(options.control.parent, "run-time directory")
     policy = _within_descriptors(options.policy)
     with ExitStack() as stack:
-        predecessor = Predecessor.find(options.control, options.state) if options.takeover else None
+        predecessor: Predecessor | None = None
+        if options.takeover:
+            from remora.agent.handover import Predecessor
+
+            predecessor = Predecessor.find(options.control, options.state)
         inherited = options.inherited
         if predecessor is None:
             stack.enter_context(lifecycle.StateLock(options.state))
@@ -143,12 +148,14 @@ def run(options: Options, catalogue: Mapping[str, CatalogueEntry], make_workers:
         # Workers before sockets: whoever connects is served, and a node that cannot confine says so at once.
         workers = make_workers(reactor, policy.workers)
         stack.callback(workers.close)
+        # While the first worker starts, which takes longer than all that follows.
         from remora.agent.reloading import Reloading, watch
         from remora.agent.server import Agent
 
+        catalogue = load_catalogue()
         if predecessor is not None:
             given_up = predecessor.retire(policy.limits.drain_timeout_s)
-            stack.enter_context(lifecycle.StateLock(options.state, wait_s=ENDING_S))
+            stack.enter_context(lifecycle.StateLock(options.state, wait_s=predecessor.ENDING_S))
             log.info("agent succeeds another", given_up=given_up)
         agent = Agent(
             reactor, options.state, policy, workers, catalogue, log, options.control.parent / "pods", inherited

@@ -122,7 +122,7 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
     from remora.agent import main, policy
     from remora.agent.addresses import parse_address, parse_listen_address
     from remora.agent.inherited import from_systemd
-    from remora.agent.otlp import options as trace_options
+    from remora.agent.trace_options import options as trace_options
     from remora.catalog import load_catalog
     from remora.workers.pool import WorkerPool
 
@@ -151,7 +151,7 @@ def _serve(args: argparse.Namespace, control: Path) -> int:
         inherited=inherited,
         watch=args.watch,
     )
-    return main.run(options, load_catalog(args.models), WorkerPool)
+    return main.run(options, lambda: load_catalog(args.models), WorkerPool)
 
 
 def _with_fleets(policy: Policy, attach: list[str] | None) -> Policy:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from agent_process import wait_until
 from otlp_receiver import Receiver, attributes
-from remora.agent.otlp import Exporter, TraceOptions, options
+from remora.agent.otlp import Exporter
 from remora.agent.timings import Timings
 from remora.agent.trace_context import parse
+from remora.agent.trace_options import TraceOptions, options
 from remora.agent.tracing import MAX_RECORDS, Buffer, Trace, Tracer
 from remora.errors import InvalidArgumentError
 
