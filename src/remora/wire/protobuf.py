@@ -242,6 +242,8 @@ class Message:
         message = cls()
         buf = kinds.as_bytes_view(buffer)
         size = len(buf)
+        if not size:
+            return message
         if size > limits.max_bytes:
             raise DecodeError(f"a message of {size} bytes exceeds the decoder's max_bytes of {limits.max_bytes}")
         try:

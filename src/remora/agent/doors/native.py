@@ -36,6 +36,8 @@ def _same_data(payload: bytes | memoryview) -> list[bytes | memoryview] | None:
     The data has the same number in both, so what is sent back is what came, up to the request's id.
     """
     size = len(payload)
+    if not size:
+        return []
     if size < 2 or payload[0] != 0x0A or payload[1] > 127:
         return None
     end = 2 + payload[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 import time
 from _thread import allocate_lock
 
@@ -39,6 +40,8 @@ else:
 
 
 _MAX_PIECES = 1024
+#: A receive ends by itself after so many seconds, so that a deadline further away needs no poll before it.
+_WAIT_S = 1
 _DONTWAIT = socket.MSG_DONTWAIT
 
 
@@ -61,6 +64,10 @@ class Client:
         limits: Limits = DEFAULT,
     ) -> None:
         sock.setblocking(True)
+        # TLS would take the end of a wait for an error of its own.
+        self._waits_briefly = type(sock) is socket.socket
+        if self._waits_briefly:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _WAIT_S, 0))
         self._sock = sock
         self._limits = limits
         self._decoder = FrameDecoder(max_message_bytes, allocate=allocate)
@@ -217,7 +224,7 @@ class Client:
             if reading.acquire(False):
                 try:
                     while not stream.ready:
-                        if deadline_s is not None:
+                        if self._must_poll(deadline_s):
                             self._wait_readable(stream, deadline_s)
                         self._read()
                 finally:
@@ -259,7 +266,13 @@ class Client:
             if _wake(wake):
                 return
 
-    def _wait_readable(self, stream: ClientStream, deadline_s: float) -> None:
+    def _must_poll(self, deadline_s: Optional[float]) -> bool:
+        """True unless a receive ends by itself before the deadline; a wait without end should not end every second."""
+        if deadline_s is None:
+            return self._waits_briefly
+        return not self._waits_briefly or deadline_s - time.monotonic() < _WAIT_S
+
+    def _wait_readable(self, stream: ClientStream, deadline_s: Optional[float]) -> None:
         if not self._readable.poll(_milliseconds(deadline_s)):
             self._expired(stream)
 
@@ -272,6 +285,8 @@ class Client:
         decoder = self._decoder
         try:
             count = self._sock.recv_into(decoder.get_buffer())
+        except BlockingIOError:
+            return  # nothing came for `_WAIT_S`
         except (OSError, ValueError) as error:
             self._lost(UnavailableError(f"the connection was lost: {error}"))
             return
