@@ -1,14 +1,14 @@
 """Who ends a worker that others share, and for how long nothing of theirs runs there.
 
-A request that was alone with its worker twice, or alone the second time, and the worker died: there is no one else to
-blame. It costs everybody a worker's start, so nobody may do it again and again.
+A request whose worker died though it was alone there the second time, or had to be killed because the request could not
+be stopped: there is no one else to blame. It costs everybody a worker's start, so nobody may do it again and again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 
-from remora.errors import ResourceExhaustedError
+from remora.errors import RemoraError, ResourceExhaustedError
 
 #: So many in so many seconds are forgiven: a model may have a fault that its callers know nothing of.
 FORGIVEN = 3
@@ -30,17 +30,13 @@ class Blame:
         if len(self._ends) > _MOST_TENANTS:
             self._ends.popitem(last=False)
 
-    def check(self, tenant: str, now_s: float) -> None:
-        """
-        Raises:
-            ResourceExhaustedError: too many of the tenant's requests have ended workers lately.
-        """
+    def refusal(self, tenant: str, now_s: float) -> RemoraError | None:
+        """Return why a request of the tenant's is not taken; None unless too many have ended workers lately."""
         ends = self._ends.get(tenant)
-        if ends is None or len(ends) < FORGIVEN:
-            return
+        if ends is None or len(ends) < FORGIVEN or now_s > ends[0] + MEMORY_S:
+            return None
         left_s = ends[0] + MEMORY_S - now_s
-        if left_s > 0:
-            raise ResourceExhaustedError(
-                f"{FORGIVEN} requests of this tenant have ended workers that others use",
-                fix=f"see which inputs did, and come back in {left_s:.0f} s; uploaded models are served meanwhile",
-            )
+        return ResourceExhaustedError(
+            f"{FORGIVEN} requests of this tenant have ended workers that others use",
+            fix=f"see which inputs did, and come back in {left_s:.0f} s; uploaded models are served meanwhile",
+        )

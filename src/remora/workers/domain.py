@@ -1,9 +1,8 @@
 """One trust domain's worker, kept alive: what it should have loaded, what it runs, and what happens when it dies.
 
 The state that matters (which models, which jobs) is here and not in the process, so a new process is brought to where
-the old one was. Jobs wait here only while there is no process, or while it loads or maps what they need, or for a
-suspect: a job that was in flight when a worker died runs by itself the second time, so that what ends workers takes
-nobody along twice.
+the old one was. Jobs wait here only while there is no process, while it loads or maps what they need, or for a suspect:
+what was in flight when a worker died runs by itself the second time, so that no job takes others along twice.
 """
 
 from __future__ import annotations
@@ -37,6 +36,8 @@ _MOST_US = 1 << 40
 #: A worker that lived this long did not die of how it starts: the next one starts without delay.
 _HEALTHY_S = 10.0
 _FAILED_STARTS = 3
+#: A catalogue's model ends by itself: so long a worker that answers others is left alone with a run that nobody wants.
+_SHARED_GRACE_S = 10.0
 _MOST_SIZES = 1024
 
 
@@ -79,6 +80,7 @@ class Domain:
         self._deadline: Timer | None = None
         self._blameless = False
         self._blame = Blame()
+        self._answered_s = 0.0  # when the worker last answered a job
 
     def load(self, source: ModelSource, done: LoadDone) -> None:
         self.residents.want(source, done)
@@ -117,15 +119,11 @@ class Domain:
 
     def _accept(self, pending: PendingJob) -> bool:
         """Begin to watch a job's deadline; False if it was answered at once."""
-        model = self.residents.get(pending.job.model)
-        if model is None and pending.job.operation not in MODELLESS:
+        problem = self._blame.refusal(pending.job.tenant, time.monotonic())
+        if pending.job.operation not in MODELLESS and self.residents.get(pending.job.model) is None:
             problem = NotFoundError(f"model {pending.job.model} is not loaded", fix="load it first")
+        if problem is not None:
             pending.finish(problem, self._reactor.call_soon)
-            return False
-        try:
-            self._blame.check(pending.job.tenant, time.monotonic())
-        except RemoraError as error:
-            pending.finish(error, self._reactor.call_soon)
             return False
         deadline_s = pending.job.deadline_s
         if deadline_s is not None and (self._deadline is None or deadline_s < self._deadline.when_s):
@@ -164,12 +162,24 @@ class Domain:
             return
         process = self.process
         process.tell({"t": "cancel", "id": pending.id})
-        pending.grace = self._reactor.call_later(self._settings.stop_grace_s, lambda: self._kill_for(process, pending))
+        self._kill_later(process, pending, time.monotonic() + _SHARED_GRACE_S)
 
-    def _kill_for(self, process: WorkerProcess, pending: PendingJob) -> None:
-        if pending.done is not None and self.process is process:
-            self._blameless = True
-            process.kill("a job did not stop when it was told to")
+    def _kill_later(self, process: WorkerProcess, pending: PendingJob, latest_s: float) -> None:
+        grace_s = self._settings.stop_grace_s
+        pending.grace = self._reactor.call_later(grace_s, lambda: self._kill_for(process, pending, latest_s))
+
+    def _kill_for(self, process: WorkerProcess, pending: PendingJob, latest_s: float) -> None:
+        """End a worker because of a job that does not stop, but no shared one that goes on answering others."""
+        if pending.done is None or self.process is not process:
+            return
+        now_s = time.monotonic()
+        if self._shared and now_s < latest_s and now_s - self._answered_s < self._settings.stop_grace_s:
+            self._kill_later(process, pending, latest_s)
+            return
+        if self._shared:
+            self._blame.note(pending.job.tenant, now_s)
+        self._blameless = True
+        process.kill("a job did not stop when it was told to")
 
     def _kept_apart(self, pending: PendingJob) -> bool:
         """True if a job must wait until the worker is idle, or until a suspect has left it."""
@@ -225,6 +235,7 @@ class Domain:
         pending = self.jobs.get(whole(message.get("id"), "job", 1 << 62))
         if pending is None:
             raise ProtocolError("the worker answered a job that it does not have")
+        self._answered_s = time.monotonic()
         if message["t"] == "need":
             self._need(pending, whole(message.get("len"), "size", 1 << 50))
             return
@@ -346,7 +357,7 @@ class Domain:
             self._failed_starts += 1
         lived_s = time.monotonic() - process.started_s
         first, most = self._settings.backoff_first_s, self._settings.backoff_most_s
-        self._backoff_s = 0.0 if lived_s > _HEALTHY_S else min(most, max(first, 2 * self._backoff_s))
+        self._backoff_s = 0.0 if lived_s > _HEALTHY_S or self._blameless else min(most, max(first, 2 * self._backoff_s))
         self.on_death(reason)
         blamed, self._blameless = not self._blameless, False
         in_flight, self.jobs = list(self.jobs.values()), {}

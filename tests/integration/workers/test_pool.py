@@ -311,10 +311,10 @@ def test_a_deadline_ends_a_job_in_time(rig: Rig) -> None:
 
 def test_a_job_that_no_request_stops_costs_its_worker_and_bystanders_are_answered(rig: Rig) -> None:
     rig.load(SHARED, rig.source("stubborn", stubborn_model()))
-    rig.load(SHARED, rig.source("slow", slow_model(3.0)))
+    rig.load(SHARED, rig.source("slow", slow_model(5.0)))
     pid = rig.worker().pid
     bystander = rig.submit(infer(np.full(1, 7, np.float32), model="slow"))
-    stubborn = rig.submit(infer(np.zeros((1, 1), np.float32), model="stubborn", deadline_s=time.monotonic() + 0.5))
+    stubborn = rig.submit(infer(np.zeros((1, 1), np.float32), model="stubborn", deadline_s=time.monotonic() + 0.2))
     rig.until(lambda: stubborn)
     assert type(stubborn[0]) is DeadlineExceededError
     rig.until(lambda: bystander)
@@ -324,6 +324,23 @@ def test_a_job_that_no_request_stops_costs_its_worker_and_bystanders_are_answere
     result.release()
     # The bystander may have finished before the worker was killed: then nobody has waited for its successor yet.
     rig.until(lambda: [info for info in rig.pool.workers() if info.domain == SHARED and info.pid != pid])
+
+
+def test_a_run_that_nobody_wants_does_not_end_a_worker_that_answers_others(rig: Rig) -> None:
+    rig.load(SHARED, rig.source("stubborn", stubborn_model()))
+    rig.load(SHARED, rig.source("identity", identity({})))
+    pid = rig.worker().pid
+    stubborn = rig.submit(
+        infer(np.zeros((1, 1), np.float32), model="stubborn", tenant="evil", deadline_s=time.monotonic() + 0.1)
+    )
+    end_s = time.monotonic() + 1.5  # five times as long as a worker of a tenant's own would have
+    while time.monotonic() < end_s and not stubborn:
+        result = rig.run(infer(np.ones((1, 1, 1, 1), np.float32)))
+        assert isinstance(result, Result)
+        result.release()
+    assert rig.worker().pid == pid
+    rig.until(lambda: stubborn)  # it ends, or its worker does, now that nobody else has any use of that
+    assert type(stubborn[0]) is DeadlineExceededError
 
 
 # -- dying ------------------------------------------------------------------------------------------------------------
