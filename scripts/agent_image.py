@@ -32,7 +32,7 @@ from remora.sandboxes.guest_files import renew_guest_files
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "localhost/remora/agent"
 SUITE, PYTHON = "bookworm", "3.11"
-#: bubblewrap is for workers; the rest is what a node's shim runs.
+#: bubblewrap and util-linux (setpriv) are for workers, tini reaps what they leave; the rest is what a node's shim runs.
 PACKAGES = (
     "bubblewrap",
     "e2fsprogs",
@@ -42,6 +42,8 @@ PACKAGES = (
     "nftables",
     "python3-minimal",
     "qemu-system-x86",
+    "tini",
+    "util-linux",
 )
 EXTRAS = ("node", "kube")
 _SITE = f"/usr/local/lib/python{PYTHON}/dist-packages"
@@ -116,7 +118,7 @@ def build(output: Path, name: str) -> str:
             )
             _remora_layer(scratch, layers[2], [layers[0], layers[3]], guest_digest, lower)
         config = ImageConfig(
-            entrypoint=("remora",),
+            entrypoint=("tini", "--", "remora"),
             cmd=("--help",),
             env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"},
             user="65532:65532",

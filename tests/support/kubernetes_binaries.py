@@ -50,6 +50,19 @@ def build() -> dict[str, Path]:
     return {name: cached(name) for name in PROGRAMS}
 
 
+def find(program: str) -> Path:
+    """Return one program: from PATH, or else from the cache, built first if it must be.
+
+    Raises:
+        FileNotFoundError: it is nowhere, and there is no Go to build it with.
+    """
+    if on_path := shutil.which(program):
+        return Path(on_path)
+    if not cached(program).is_file():
+        _build(program)
+    return cached(program)
+
+
 def _build(name: str) -> None:
     go = shutil.which("go")
     if go is None:

@@ -101,8 +101,9 @@ def _install(args: argparse.Namespace) -> int:
     )
     node_setup.install(node, setup, restart=_restarter(args))
     if setup.agent and node.changed and _may_ask_systemd(args):
-        services.systemctl("daemon-reload")
-        services.systemctl("enable", "--now", "remora-agent.socket")
+        services.call(args.root, "Reload")
+        services.call(args.root, "EnableUnitFiles", list(node_setup.UNIT_NAMES), False, True)
+        services.call(args.root, "StartUnit", "remora-agent.socket", "replace")
     _tell(args, node)
     return 0
 
@@ -115,11 +116,13 @@ def _uninstall(args: argparse.Namespace) -> int:
 
     def stop_agent() -> None:
         if _may_ask_systemd(args):
-            services.systemctl("disable", "--now", *node_setup.UNIT_NAMES)
+            for name in node_setup.UNIT_NAMES:
+                services.call(args.root, "StopUnit", name, "replace")
+            services.call(args.root, "DisableUnitFiles", list(node_setup.UNIT_NAMES), False)
 
     node_setup.uninstall(node, restart=_restarter(args), stop_agent=stop_agent, force=args.force)
     if _may_ask_systemd(args):
-        services.systemctl("daemon-reload")
+        services.call(args.root, "Reload")
     _tell(args, node)
     return 0
 
@@ -139,7 +142,7 @@ def _restarter(args: argparse.Namespace) -> Callable[[], str]:
             return "--no-restart: restart it yourself"
         if not services.reachable(args.root):
             return "no systemd is reachable from here: restart it yourself"
-        services.systemctl("restart", "containerd")
+        services.call(args.root, "RestartUnit", "containerd.service", "replace")
         return ""
 
     return restart

@@ -194,7 +194,9 @@ def sweep() -> int:
                 continue
             status = dict(line.split(":", 1) for line in Path("/proc", entry, "status").read_text().splitlines())
             parent = Path("/proc", status["PPid"].strip(), "comm").read_text().strip()
-            if len(status["NSpid"].split()) > 1 and parent != "bwrap":
+            # The first of its namespace: bubblewrap itself, of an agent in a container, has two numbers as well.
+            numbers = status["NSpid"].split()
+            if len(numbers) > 1 and numbers[-1] == "1" and parent != "bwrap":
                 os.kill(int(entry), signal.SIGKILL)
                 killed += 1
         except OSError:
