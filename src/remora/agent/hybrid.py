@@ -8,6 +8,7 @@ longer than a socket address may be, as those of Kata's jailed Firecracker are.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -23,12 +24,14 @@ from remora.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     PermissionDeniedError,
+    ResourceExhaustedError,
     UnauthenticatedError,
     UnavailableError,
 )
 
 #: Only the monitor's user may connect.
 _MODE = 0o600
+_MORE_FILES = "raise the agent's limit of open files (LimitNOFILE=)"
 #: What `/proc/self/fd/<number>/` takes of an address.
 _LONGEST_NAME = MAX_SOCKET_PATH - len("/proc/self/fd/2147483647/")
 
@@ -40,11 +43,13 @@ def open_directory(path: Path) -> int:
     Raises:
         InvalidArgumentError: it is not there, or a part of its path is a symlink or no directory.
         PermissionDeniedError: others could put another directory in its place.
+        ResourceExhaustedError: the agent has no descriptor left.
     """
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     above: list[os.stat_result] = []
-    fd = os.open("/", flags)
+    fd = -1
     try:
+        fd = os.open("/", flags)
         for part in path.parts[1:]:
             if part == "..":
                 raise InvalidArgumentError(f"the path {path} has '..' in it", fix="give the real path")
@@ -54,8 +59,11 @@ def open_directory(path: Path) -> int:
             fd = following
         _check_above(path, above, os.fstat(fd).st_uid)
     except BaseException as error:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
         if isinstance(error, OSError):
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise ResourceExhaustedError(f"{path} cannot be opened: {error.strerror}", fix=_MORE_FILES) from error
             raise InvalidArgumentError(
                 f"{path} is not a plain directory: {error.strerror}",
                 fix="symlinks are not followed: give the real path",
@@ -238,7 +246,12 @@ class HybridSocket:
                 raise UnauthenticatedError(
                     f"no monitor listens on {self.path}: {error.strerror}", fix="connect from within the microVM"
                 ) from error
-            pidfd = hold_peer(probe)
+            try:
+                pidfd = hold_peer(probe)
+            except UnauthenticatedError as error:
+                raise UnauthenticatedError(
+                    f"the monitor that listened on {self.path} has ended", fix="connect from within the microVM"
+                ) from error
         pid = process_id(pidfd)
         self._listener = key, pid, pidfd
         return pid

@@ -70,11 +70,16 @@ LoadCatalogue = Callable[[], Mapping[str, CatalogueEntry]]
 
 def _within_descriptors(policy: Policy) -> Policy:
     """Return the policy with no more connections than this process can have descriptors for."""
-    wanted = policy.limits.connections + _RESERVED_DESCRIPTORS
+    reserved = _RESERVED_DESCRIPTORS
+    if policy.fleets.attach:
+        from remora.agent.fleets.finder import DESCRIPTORS, MOST_SANDBOXES
+
+        reserved += MOST_SANDBOXES * DESCRIPTORS
+    wanted = policy.limits.connections + reserved
     allowed = lifecycle.raise_descriptor_limit(wanted)
     if allowed >= wanted:
         return policy
-    connections = max(1, allowed - min(_RESERVED_DESCRIPTORS, allowed // 2))
+    connections = max(1, allowed - min(reserved, allowed // 2))
     return replace(policy, limits=replace(policy.limits, connections=connections))
 
 

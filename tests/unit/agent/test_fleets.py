@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fleets import Node, cri
 from remora.agent.fleets.bundles import Bundles
-from remora.agent.fleets.layouts import Glob, parse_fleet
+from remora.agent.fleets.layouts import Glob, Kata, parse_fleet
 from remora.agent.fleets.shims import cid_of_monitor, parse_agent_url
 from remora.agent.hybrid import HybridSocket, open_directory
 from remora.errors import InvalidArgumentError, PermissionDeniedError, RemoraError
@@ -79,6 +82,47 @@ def test_the_cid_is_that_of_the_sandboxs_own_qemu(tmp_path: Path, words: list[st
     assert cid_of_monitor(tmp_path / "pid", "s1", tmp_path) == cid
     (tmp_path / "pid").write_text("../1")
     assert cid_of_monitor(tmp_path / "pid", "s1", tmp_path) == 0
+
+
+def test_a_qemu_sandbox_is_the_same_whoever_tells_of_its_cid(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    kata = Kata(tmp_path)
+    monitors = tmp_path / "run/vc/vm/s1"
+    monitors.mkdir(parents=True)
+    argv = ["qemu", "-c", "read line", "sh", "-name", "sandbox-s1", "-device", "vhost-vsock-pci,guest-cid=70003"]
+    with subprocess.Popen(argv, executable="/bin/sh", stdin=subprocess.PIPE) as qemu:
+        (monitors / "pid").write_text(f"{qemu.pid}\n")
+        (first,) = kata.others(set())
+        node.shim("run/vc/sbs", "s1", lambda: b"vsock://70003:1024")
+        (second,) = kata.others(set())
+        qemu.communicate(b"\n")
+    node.close()
+    assert first == second
+    assert (first.cid, first.directory) == (70003, monitors)
+    assert list(kata.others({"s1"})) == []
+
+
+def test_shims_that_hang_are_asked_more_and_more_seldom_and_no_look_waits_for_all(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    asked: list[str] = []
+    ended = threading.Event()
+
+    def hang(name: str) -> bytes:
+        asked.append(name)
+        ended.wait(30)
+        return b""
+
+    for number in range(5):
+        node.shim("run/vc/sbs", f"s{number}", partial(hang, f"s{number}"))
+    kata = Kata(tmp_path)
+    began_s = time.monotonic()
+    assert list(kata.others(set())) == []
+    assert time.monotonic() - began_s < 3
+    assert asked == ["s0"]
+    assert list(kata.others(set())) == []
+    assert asked == ["s0", "s1"]
+    ended.set()
+    node.close()
 
 
 def test_a_bundle_that_others_may_write_or_that_is_none_says_nothing(tmp_path: Path) -> None:
