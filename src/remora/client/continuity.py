@@ -104,16 +104,18 @@ class Patience:
         reconnect_s: For getting a lost connection back; counts from the moment this call first missed it.
     """
 
+    # Of the class until something goes wrong: one of these is made for every call.
+    _give_up_s: Optional[float] = None
+    _pause_s = FIRST_PAUSE_S
+    _refusals = 0
+    _cuts = 0
+    _last_error: Optional[RemoraError] = None
+
     def __init__(self, what: str, *, timeout_s: float, reconnect_s: float, now_s: float) -> None:
         self._what = what
         self._timeout_s = timeout_s
         self._end_s = now_s + timeout_s
         self._reconnect_s = reconnect_s
-        self._give_up_s: Optional[float] = None
-        self._pause_s = FIRST_PAUSE_S
-        self._refusals = 0
-        self._cuts = 0
-        self._last_error: Optional[RemoraError] = None
 
     def left_s(self, now_s: float) -> float:
         """Return the time that is left for this call.

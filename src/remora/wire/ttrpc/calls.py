@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 #: Parsed starts of requests, by their bytes. The bound keeps peers from filling it; what does not fit is parsed anew.
 _MAX_CACHED = 512
 _known: Dict[bytes, Tuple[str, str]] = {}
+_timeouts: Dict[bytes, int] = {}
+#: Key and varint; longer ones are left to the codec.
+_LONGEST_TIMEOUT = 11
 
 
 class Call:
@@ -331,13 +334,20 @@ def _release(block: Optional[Block]) -> None:
 
 def _only_timeout(body: Piece, pos: int, size: int) -> int:
     """Return timeout_nano if it is all that follows `pos`, else 0: nearly every request ends with it."""
-    if body[pos] != 0x20:
+    if body[pos] != 0x20 or size - pos > _LONGEST_TIMEOUT:
         return 0
+    tail = bytes(body[pos:size])
+    known = _timeouts.get(tail)
+    if known is not None:
+        return known
     try:
         value, pos = read_varint(body, pos + 1)
     except IndexError as error:
         raise DecodeError("Request: the message ends in the middle of a field") from error
-    return value if pos == size and value < 1 << 63 else 0
+    value = value if pos == size and value < 1 << 63 else 0
+    if value and len(_timeouts) < _MAX_CACHED:
+        _timeouts[tail] = value
+    return value
 
 
 def _parse(body: Piece) -> Tuple[Tuple[str, str], Piece, int, Sequence[KeyValue]]:

@@ -34,6 +34,7 @@ _LAST_STREAM_ID = (1 << 31) - 1
 #: Field 4 of `Request`, a varint: by hand, because nearly every call has a deadline.
 _TIMEOUT_KEY = b"\x20"
 _prefixes: Dict[Tuple[str, str], bytes] = {}
+_timeouts: Dict[int, bytes] = {}
 
 
 # -- frames to send ---------------------------------------------------------------------------------------------------
@@ -71,13 +72,26 @@ def request_frame(
     size = sum(map(len, out))
     prefix = (_prefixes.get((service, method)) or _prefix(service, method)) + varint(size)
     if timeout_s is not None or metadata:
-        tail = b"" if timeout_s is None else _TIMEOUT_KEY + varint(max(1, int(timeout_s * 1e9)))
+        tail = b"" if timeout_s is None else _timeout(timeout_s)
         if metadata:
             tail += Request(metadata=_pairs(metadata)).to_bytes()
         out.append(tail)
         size += len(tail)
     out[0] = HEADER.pack(len(prefix) + size, stream_id, REQUEST, flags) + prefix
     return out
+
+
+def _timeout(timeout_s: float) -> bytes:
+    """Return the field `timeout_nano`. From a second on in whole milliseconds, so that both ends know the bytes."""
+    if timeout_s < 1:
+        return _TIMEOUT_KEY + varint(max(1, int(timeout_s * 1e9)))
+    timeout_ms = int(timeout_s * 1e3)
+    known = _timeouts.get(timeout_ms)
+    if known is None:
+        known = _TIMEOUT_KEY + varint(timeout_ms * 1_000_000)
+        if len(_timeouts) < _MAX_CACHED:
+            _timeouts[timeout_ms] = known
+    return known
 
 
 def _pairs(metadata: Optional[Metadata]) -> List[KeyValue]:
