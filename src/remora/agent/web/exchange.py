@@ -72,6 +72,24 @@ class Exchange:
         finally:
             self.release()
 
+    def _answering(self, on_sent: Callable[[], None] | None) -> Callable[[], None] | None:
+        """End the exchange with an answer; return what is called when that is sent, None if it was over already.
+
+        `on_sent` is called in any case, once.
+        """
+        if self.ended:
+            if on_sent is not None:
+                on_sent()
+            return None
+        self._end()
+
+        def sent() -> None:
+            self.release()
+            if on_sent is not None:
+                on_sent()
+
+        return sent
+
     def _end(self) -> None:
         self.ended = True
         self._on_cancel = None

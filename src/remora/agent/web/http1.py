@@ -48,17 +48,9 @@ class Http1Exchange(Exchange):
         on_sent: Callable[[], None] | None = None,
     ) -> bool:
         """Answer. Returns False if the exchange was over already; `on_sent` is called in any case, once."""
-        if self.ended:
-            if on_sent is not None:
-                on_sent()
+        sent = self._answering(on_sent)
+        if sent is None:
             return False
-        self._end()
-
-        def sent() -> None:
-            self.release()
-            if on_sent is not None:
-                on_sent()
-
         self._connection.answer(status, pieces, headers or {}, sent, head_only=self.verb == "HEAD")
         return True
 

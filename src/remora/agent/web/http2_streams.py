@@ -41,17 +41,9 @@ class GrpcExchange(Exchange):
 
     def respond(self, pieces: Sequence[Piece], *, on_sent: Callable[[], None] | None = None) -> bool:
         """Answer with a message. Returns False if the call was over; `on_sent` is called in any case, once."""
-        if self.ended:
-            if on_sent is not None:
-                on_sent()
+        sent = self._answering(on_sent)
+        if sent is None:
             return False
-        self._end()
-
-        def sent() -> None:
-            self.release()
-            if on_sent is not None:
-                on_sent()
-
         self._connection.answer(self._stream, pieces, sent)
         return True
 
