@@ -252,6 +252,10 @@ class Containerd:
         answer = self.cri.call("ListPodSandbox", Empty(), SandboxList)
         return [one.id for one in answer.items if one.metadata is not None and one.metadata.name == name]
 
+    def of_pods(self) -> list[str]:
+        """Return what there is of pods: directories and sockets of shims."""
+        return [str(path) for kind in ("s", "shim") for path in (self.runtime / kind).glob("*")]
+
     def argv(self, *arguments: str, namespace: str = NAMESPACE) -> list[str]:
         return ["ctr", "-a", str(self.base / "c.sock"), "-n", namespace, *arguments]
 

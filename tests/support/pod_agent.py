@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -90,6 +92,52 @@ def classify(address: str, picture: bytes, timeout_s: float = 60.0, port: int = 
         except (OSError, HTTPError):
             assert time.monotonic() < deadline_s
             time.sleep(0.2)
+
+
+class Caller:
+    """Sends a service the same picture again and again, from a thread; an answer that differs from the first is wrong.
+
+    Args:
+        patience_s: how long `wait_for` waits for an answer, and `stop` for the last one.
+    """
+
+    def __init__(self, address: str, picture: bytes, *, patience_s: float) -> None:
+        self.answers = 0
+        self.wrong = 0
+        #: Requests without an answer once there had been one.
+        self.failed = 0
+        self._url = f"http://{address}:8080/classify"
+        self._picture = picture
+        self._patience_s = patience_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        first: object = None
+        while not self._stopped.is_set():
+            try:
+                with urlopen(Request(self._url, data=self._picture), timeout=5) as answer:
+                    label = json.loads(answer.read())["labels"][0][0]
+            except (OSError, HTTPException):
+                self.failed += self.answers > 0
+                self._stopped.wait(0.1)  # not up yet, or its agent is away
+                continue
+            first = label if first is None else first
+            self.wrong += label != first
+            self.answers += 1
+
+    def wait_for(self, answers: int) -> None:
+        """Wait until so many answers have come."""
+        deadline_s = time.monotonic() + self._patience_s
+        while self.answers < answers:
+            assert time.monotonic() < deadline_s, f"{self.answers} answers of {answers} from {self._url}"
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(self._patience_s)
+        assert not self._thread.is_alive()
 
 
 def photos() -> list[Path]:

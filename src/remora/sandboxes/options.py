@@ -12,7 +12,7 @@ from remora.sandboxes.launch import AttachSpec, MountSpec
 
 DEFAULT_MEMORY_MIB = 256
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_SIZE = re.compile(r"(\d+)\s*([kmgtKMGT]?)(?:i?[bB])?")
+_SIZE = re.compile(r"(\d{1,18})\s*([kmgtKMGT]?)(?:i?[bB])?", re.ASCII)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|)")
 _SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -61,7 +61,7 @@ def parse_size_mib(text: str) -> int:
     """Read `256M`, `1G`, `512MiB`; a number alone is bytes, as elsewhere. Returns MiB, rounded up."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise InvalidArgumentError(f"'{text}' is no memory size", fix="write it like 256M or 1G")
+        raise InvalidArgumentError(f"'{text[:40]}' is no memory size", fix="write it like 256M or 1G")
     size = int(match[1]) * _UNITS[match[2].lower()]
     return -(-size // (1 << 20))
 

@@ -26,23 +26,28 @@ def relative(cgroups_path: str) -> str:
     return "/".join([*slices, f"{prefix}-{name}.scope"])
 
 
-def join(cgroups_path: str) -> list[str]:
-    """Move this process into the group, made if need be; returns the directories, for `remove`."""
+def join(cgroups_path: str) -> None:
+    """Move this process into the group, made if need be."""
     if not cgroups_path:
-        return []
+        return
     inside = relative(cgroups_path)
-    joined = []
     for base in _hierarchies():
         folder = base / inside
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "cgroup.procs").write_text(str(os.getpid()))
-            joined.append(str(folder))
         except OSError:
             # A controller that this host does not delegate bounds nothing here; the others still do.
             with contextlib.suppress(OSError):
                 folder.rmdir()
-    return joined
+
+
+def existing(cgroups_path: str) -> list[str]:
+    """Return the directories of a group that are there, for `remove`."""
+    if not cgroups_path:
+        return []
+    folders = (base / relative(cgroups_path) for base in _hierarchies())
+    return [str(folder) for folder in folders if folder.is_dir()]
 
 
 def remove(folders: list[str]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import remora
 from remora.errors import InvalidArgumentError
@@ -56,26 +56,40 @@ def delete(flags: dict[str, str]) -> int:
     except OSError:
         config = b""
     if start.annotation(config, b'"io.kubernetes.cri.container-type"') != "container":
-        _clear_pod(bundle, flags)
+        _clear_pod(config, flags)
     now_ns = time.time_ns()
     exited_at = c.Timestamp(seconds=now_ns // 10**9, nanos=now_ns % 10**9)
     _write(c.DeleteResponse(pid=0, exit_status=_KILLED, exited_at=exited_at))
     return 0
 
 
-def _clear_pod(bundle: Path, flags: dict[str, str]) -> None:
+def _clear_pod(config: bytes, flags: dict[str, str]) -> None:
+    """Clear a pod by what the host knows of it: its server may have been killed before it could write anything down."""
+    from remora import paths
     from remora.sandboxes import clearing
+    from remora.sandboxes.registry import Registry
     from remora.shim import cgroups
-    from remora.shim.pod import NOTE_NAME
 
-    note = _json(bundle / NOTE_NAME)
-    directory = Path(str(note.get("directory") or "/nonexistent"))
-    fields = _json(directory / "state.json")
-    _end_server(int(fields.get("monitor_pid") or 0))
-    if directory.exists():
-        clearing.clear(directory, {**fields, "id": fields.get("attached_as") or directory.name})
-    _unlink(start.socket_path(flags.get("address", ""), flags.get("namespace", ""), flags.get("id", "")))
-    groups = [str(group) for group in note.get("cgroups") or []]
+    sandbox = flags.get("id", "")
+    registry = Registry(paths.runtime_dir())
+    records = [record for record in registry.all() if record.fields.get("container") == sandbox]
+    for record in records:
+        if registry.is_alive(record):
+            _end_server(int(record.fields.get("monitor_pid") or 0))
+    # Before anything that may wait: an agent that does not answer must not cost the rest its time.
+    _unlink(start.socket_path(flags.get("address", ""), flags.get("namespace", ""), sandbox))
+    groups = cgroups.existing(_cgroups_path(config))
+    _leave(groups)
+    for record in records:
+        clearing.clear(record.directory, {**record.fields, "control_socket": ""})
+    for record in records:
+        # There is nothing left of it now but what the agent may know.
+        clearing.clear(record.directory, {**record.fields, "id": record.fields.get("attached_as") or record.id})
+
+
+def _leave(groups: list[str]) -> None:
+    from remora.shim import cgroups
+
     deadline_s = time.monotonic() + _LEAVE_S
     while groups and time.monotonic() < deadline_s:
         # The last processes are on their way out of them.
@@ -84,12 +98,10 @@ def _clear_pod(bundle: Path, flags: dict[str, str]) -> None:
         time.sleep(0.01 if groups else 0)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}  # gone already, or never written
-    return value if isinstance(value, dict) else {}
+def _cgroups_path(config: bytes) -> str:
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(config)["linux"]["cgroupsPath"])
+    return ""
 
 
 def _end_server(pid: int) -> None:

@@ -3,6 +3,9 @@
 The overlayfs snapshotter names directories, one per layer, that never change once they are layers. Each is packed by
 mkfs.erofs into `<state>/layers/<key>.erofs` the first time a microVM needs it (0.2 s for 40 MB), and shared by all
 later ones through the host's page cache. Whiteouts survive, so an overlay in the guest shows exactly the image.
+
+A directory that somebody may still write (a root that is given as one, a snapshot's upper layer) is packed as it is at
+that moment, for this container alone.
 """
 
 from __future__ import annotations
@@ -32,23 +35,26 @@ class LayerCache:
     def __init__(self, state_dir: Path) -> None:
         self.directory = state_dir / "layers"
 
-    def images(self, rootfs: Sequence[Mount], bundle: str, root_path: str) -> list[Path]:
+    def images(self, rootfs: Sequence[Mount], root: str, own: Path) -> list[Path]:
         """Return the disk images of a container's root, lowest first.
 
         Args:
             rootfs: as Create has it; empty: the root is a directory already.
-            root_path: `root.path` of config.json, absolute or below the bundle.
+            root: that directory.
+            own: where the image of what may change is put, which nobody else gets.
 
         Raises:
             UnimplementedError: a mount that only the host's kernel could make.
         """
-        if not rootfs:
-            return [self._packed([os.path.join(bundle, root_path)])]
-        files, directories = split(rootfs)
-        room = MAX_PER_CONTAINER - len(files)
+        files, directories, changing = split(rootfs) if rootfs else ([], [], root)
+        room = MAX_PER_CONTAINER - len(files) - bool(changing)
         merged = max(0, len(directories) - room + 1) if len(directories) > room else 1
         groups = [directories[:merged], *([one] for one in directories[merged:])]
-        return [*files, *(self._packed(group) for group in groups if group)]
+        images = [*files, *(self._packed(group) for group in groups if group)]
+        if changing:
+            pack([changing], own)
+            images.append(own)
+        return images
 
     def _packed(self, layers: list[str]) -> Path:
         """Return the image of a layer, or of several merged (lowest first), made if it is not there."""
@@ -107,10 +113,12 @@ def pack(layers: list[str], target: Path) -> None:
     os.truncate(target, os.stat(target).st_size + _TAIL_BYTES)
 
 
-def split(rootfs: Sequence[Mount]) -> tuple[list[Path], list[str]]:
-    """Return a root's ready images and its layers' directories, each lowest first."""
+def split(rootfs: Sequence[Mount]) -> tuple[list[Path], list[str], str]:
+    """Return a root's ready images and its layers' directories, each lowest first, and the directory above them that
+    is no layer yet (empty: there is none, or nothing in it)."""
     files: list[Path] = []
     directories: list[str] = []
+    changing = ""
     for mount in rootfs:
         options = dict(option.partition("=")[::2] for option in mount.options)
         if mount.type == "overlay":
@@ -118,9 +126,13 @@ def split(rootfs: Sequence[Mount]) -> tuple[list[Path], list[str]]:
             upper = options.get("upperdir", "")
             # A snapshot that somebody has written to already; usually it is empty.
             if upper and os.listdir(upper):
-                directories.append(upper)
+                changing = upper
         elif mount.type in ("bind", "rbind", ""):
-            directories.append(mount.source)
+            # A view of an image's only layer is read-only; anything else can be written.
+            if "ro" in mount.options:
+                directories.append(mount.source)
+            else:
+                changing = mount.source
         elif mount.type == "erofs":
             files.append(Path(mount.source))
         else:
@@ -132,19 +144,16 @@ def split(rootfs: Sequence[Mount]) -> tuple[list[Path], list[str]]:
         raise InvalidArgumentError(
             f"the image has {len(files)} layers, and a container of a pod takes {MAX_PER_CONTAINER}"
         )
-    return files, directories
+    return files, directories, changing
 
 
 def _key(layers: list[str]) -> str:
-    """Name the content: a snapshot's directory is never used for another layer, and its inode tells a new containerd
-    root at the same place from the old one."""
-    state = hashlib.sha256(b"remora layer 1\n")
+    """Name the content by the directory's identity: a snapshot's is never used for another layer, and inode and status
+    change (which nobody can set, unlike other times) tell a new containerd root at the same place from the old one."""
+    state = b"remora layer 2\n"
     for layer in layers:
-        info = os.stat(layer)
-        state.update(f"{os.path.realpath(layer)}\n{info.st_dev} {info.st_ino} {_birth(layer)}\n".encode())
-    return state.hexdigest()[:40]
-
-
-def _birth(layer: str) -> int:
-    """Return a time that changes when the directory is another one: that of the snapshot, which holds fs and work."""
-    return os.stat(os.path.dirname(layer)).st_mtime_ns
+        state += os.path.realpath(layer).encode() + b"\n"
+        # The snapshot's own directory, too, which holds fs and work.
+        for info in (os.stat(layer), os.stat(os.path.dirname(layer))):
+            state += f"{info.st_dev} {info.st_ino} {info.st_ctime_ns}\n".encode()
+    return hashlib.sha256(state).hexdigest()[:40]

@@ -95,6 +95,8 @@ class MicroVm:
         )
 
     def _boot(self, vm: VmSpec, timeout_s: float) -> None:
+        if self.ended is not None:
+            raise self.ended
         self.in_reactor(lambda: self._start(vm))
         try:
             self._guest = self._come_up(timeout_s)

@@ -27,8 +27,6 @@ from remora.shim.task import Task
 from remora.wire import containerd as c
 from remora.wire import guest_pod_v1 as v1
 
-#: In the bundle of the sandbox: where its record and its cgroups are, for `delete`.
-NOTE_NAME = "remora.json"
 #: Of a message that a container leaves at its end; the kubelet takes 4 KiB and shows less.
 _MESSAGE_BYTES = 64 << 10
 
@@ -77,7 +75,7 @@ class Pod:
         self._sandbox_id = spec.kind(config, request.id).sandbox
         size = settings.size(self._settings, config)
         netns = spec.network_namespace(config)
-        groups = cgroups.join((config.get("linux") or {}).get("cgroupsPath") or "")
+        cgroups.join((config.get("linux") or {}).get("cgroupsPath") or "")
         name = identity.sandbox_name(config, self._sandbox_id)
         fields = {
             "pod": name,
@@ -90,8 +88,6 @@ class Pod:
             "shim_socket": socket_path,
         }
         self._record, self._lock_fd = Registry(paths.runtime_dir()).create(fields)
-        note = {"directory": str(self._record.directory), "cgroups": groups}
-        (Path(request.bundle) / NOTE_NAME).write_text(json.dumps(note))
         vm = self._vm = MicroVm(self._reactor, self._record.directory, self._settings, self._on_end)
         net = network.NONE
         if netns is not None:
@@ -143,7 +139,11 @@ class Pod:
         if vm is not None:
             vm.close()
         if link is not None:
-            link.close(detach_sandbox=True)
+            try:
+                link.close(detach_sandbox=True)
+            except RemoraError as error:
+                # Slow, or it has forgotten the pod: it lets go of what is left with the directory.
+                print(f"remora shim: the agent did not let go of the pod: {error}", file=sys.stderr)
         record, self._record = self._record, None
         if record is not None:
             Registry(paths.runtime_dir()).remove(record.directory)
@@ -171,9 +171,8 @@ class Pod:
         hostname = config.get("hostname") or self._sandbox_config.get("hostname") or self._sandbox_id[:12]
         guest_config = spec.guest_config(config, task.id, resolve, hostname)
         self._attach(config)
-        images = LayerCache(paths.state_dir()).images(
-            request.rootfs, task.bundle, (config.get("root") or {}).get("path") or "rootfs"
-        )
+        root = os.path.join(task.bundle, (config.get("root") or {}).get("path") or "rootfs")
+        images = LayerCache(paths.state_dir()).images(request.rootfs, root, vm.directory / f"root-{task.id[:64]}.erofs")
         snapshots = {one.volume.name: self._snapshot(one.volume) for one in found if one.volume.kind == "snapshot"}
         serials = vm.insert([*images, *snapshots.values()])
         disks = dict(zip(snapshots, serials[len(images) :], strict=True))

@@ -37,6 +37,8 @@ from remora.wire.ttrpc.calls import Call
 _GONE = "process already finished: not found"
 #: A container that was killed may not delay the deletion of its pod.
 _REMOVE_S = 10.0
+#: What was being made for somebody who has gone may take so long to be undone.
+_ABANDON_S = 5.0
 #: Answers are made in the reactor's thread, work in a thread of its own.
 _SLOW = ("Create", "Start", "Delete", "Kill", "Pause", "Resume", "ResizePty", "Update", "Stats", "Pids")
 
@@ -74,6 +76,8 @@ class TaskService:
         except DecodeError as error:
             raise InvalidArgumentError(f"{call.method}: {error}") from error
         method = getattr(self, f"_{call.method.lower()}")
+        if call.method == "Create":
+            call.on_cancel(lambda _error: self._abandoned(request.id))
         if call.method == "Wait":
             self._wait(call, request)
         elif call.method in _SLOW:
@@ -108,6 +112,20 @@ class TaskService:
             return True
         threading.Thread(target=self._undo, args=(container,), name="undo", daemon=True).start()
         return False
+
+    def _abandoned(self, container: str) -> None:
+        """Whoever asked for a microVM has gone before it was up: do not boot it to its end, which may be long."""
+        if self._tasks or container not in self._locks:
+            return
+        self.pod.kill()
+        self._end_when_undone(container, self._reactor.now_s() + _ABANDON_S)
+
+    def _end_when_undone(self, container: str, deadline_s: float) -> None:
+        # A thread that waits for its turn to boot does not see that it is no longer wanted.
+        if self._locks[container].locked() and self._reactor.now_s() < deadline_s:
+            self._reactor.call_later(0.05, lambda: self._end_when_undone(container, deadline_s))
+        else:
+            self._shut_down_if_empty(None)
 
     def _undo(self, container: str) -> None:
         task = self._tasks.get(container)

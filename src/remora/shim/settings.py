@@ -31,6 +31,8 @@ from remora.wire.ttrpc.messages import Any as AnyMessage
 DEFAULT_FILE = Path("/etc/remora/runtime.toml")
 #: What the guest's kernel and PID 1 take of the machine's memory, besides the pod's limit.
 GUEST_OVERHEAD_MIB = 96
+#: With less the guest's kernel does not come up.
+MIN_MEMORY_MIB = 128
 _MEMORY = "io.kubernetes.cri.sandbox-memory"
 _QUOTA, _PERIOD = "io.kubernetes.cri.sandbox-cpu-quota", "io.kubernetes.cri.sandbox-cpu-period"
 
@@ -114,30 +116,40 @@ def size(settings: Settings, config: dict[str, Any]) -> Size:
     """Return a microVM's size: by annotation, else by the pod's limits, else the default.
 
     Raises:
-        InvalidArgumentError: an annotation asks for more than the settings allow.
+        InvalidArgumentError: less than a guest boots with, or more than the settings allow.
     """
     annotations = config.get("annotations") or {}
     resources = (config.get("linux") or {}).get("resources") or {}
     memory_mib, cpus = settings.memory_mib, settings.cpus
     limit = int(annotations.get(_MEMORY) or 0) or int((resources.get("memory") or {}).get("limit") or 0)
     if limit > 0:
-        memory_mib = max(-(-limit // (1 << 20)) + GUEST_OVERHEAD_MIB, 128)
+        memory_mib = max(-(-limit // (1 << 20)) + GUEST_OVERHEAD_MIB, MIN_MEMORY_MIB)
     cpu = resources.get("cpu") or {}
     quota = int(annotations.get(_QUOTA) or 0) or int(cpu.get("quota") or 0)
     period = int(annotations.get(_PERIOD) or 0) or int(cpu.get("period") or 100000)
     if quota > 0:
         cpus = -(-quota // period)
     if "io.remora.memory" in annotations:
-        memory_mib = parse_size_mib(annotations["io.remora.memory"])
+        try:
+            memory_mib = parse_size_mib(annotations["io.remora.memory"])
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"the annotation io.remora.memory: {error.message}", fix=error.fix) from error
     if "io.remora.cpus" in annotations:
-        cpus = int(annotations["io.remora.cpus"])
-    if memory_mib > settings.max_memory_mib or not 1 <= cpus <= settings.max_cpus:
+        cpus = _count(annotations["io.remora.cpus"])
+    if not MIN_MEMORY_MIB <= memory_mib <= settings.max_memory_mib or not 1 <= cpus <= settings.max_cpus:
         raise InvalidArgumentError(
             f"a microVM of {memory_mib} MiB and {cpus} CPUs was asked for; "
-            f"this node allows {settings.max_memory_mib} MiB and {settings.max_cpus} CPUs",
-            fix="ask for less, or raise vm.max_memory and vm.max_cpus in the runtime's settings",
+            f"this node allows {MIN_MEMORY_MIB} to {settings.max_memory_mib} MiB and 1 to {settings.max_cpus} CPUs",
+            fix="ask for what it allows (io.remora.memory, io.remora.cpus, the pod's limits), or raise vm.max_memory "
+            "and vm.max_cpus in the runtime's settings",
         )
     return Size(memory_mib, cpus)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InvalidArgumentError(f"the annotation io.remora.cpus is {text[:40]!r}", fix="write a number, like 2")
+    return int(text)
 
 
 def control_socket(settings: Settings) -> Path:

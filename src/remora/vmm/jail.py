@@ -7,8 +7,8 @@ linked there where the file system allows, else copied.
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -66,17 +66,46 @@ def command_line(jail: Jail, jailer: str, arguments: Sequence[str] = ()) -> tupl
 def place(jail: Jail, source: Path, name: str, *, writable: bool = False) -> str:
     """Put a file into the root under `name`; returns its path there.
 
-    A file that only the jail writes is given to its user; one that is read stays whose it is, and must be readable.
+    A file that only the jail writes is given to its user: a copy where the file has a name elsewhere, since owner and
+    content of a linked one change under every name. One that is read stays whose it is, and must be readable.
     """
     target = jail.root / name
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Through /proc/self/fd: a file without a name can be linked only where the link is followed.
-        os.link(source, target, follow_symlinks=True)
+        if writable and source.stat().st_nlink:
+            raise OSError(errno.EMLINK, "it has a name of its own")
+        _link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        _copy(source, target)
         os.chmod(target, 0o440)
         os.chown(target, 0, jail.gid)
     if writable:
+        os.chmod(target, 0o600)
         os.chown(target, jail.uid, jail.gid, follow_symlinks=False)
     return f"/{name}"
+
+
+def _link(source: Path, target: Path) -> None:
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # A file without a name is linked through /proc/self/fd, which must be followed; without a descriptor of a
+        # directory Python calls link(2), which does not follow.
+        os.link(source, target.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file and leave its holes: a disk of 10 GB has little in it."""
+    with source.open("rb") as original, target.open("xb") as copy:
+        os.ftruncate(copy.fileno(), size := os.fstat(original.fileno()).st_size)
+        begin = 0
+        while begin < size:
+            try:
+                begin = os.lseek(original.fileno(), begin, os.SEEK_DATA)
+            except OSError:
+                return  # nothing but a hole to the end
+            end = os.lseek(original.fileno(), begin, os.SEEK_HOLE)
+            os.lseek(copy.fileno(), begin, os.SEEK_SET)
+            while begin < end:
+                begin += os.sendfile(copy.fileno(), original.fileno(), begin, end - begin)

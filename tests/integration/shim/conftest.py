@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from containerd_process import Containerd, missing
+from pod_leftovers import wait_until
 from remora import paths
 from remora.sandboxes.guest_files import guest_files
 
@@ -19,3 +20,4 @@ def containerd() -> Iterator[Containerd]:
     guest_files(paths.state_dir())
     with Containerd() as one:
         yield one
+        wait_until(lambda: not one.of_pods(), f"nothing of this module's pods is left: {one.of_pods()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def test_a_pods_limits_size_its_microvm(
 def test_an_annotation_cannot_exceed_the_nodes_bounds() -> None:
     with pytest.raises(InvalidArgumentError, match="this node allows"):
         settings.size(settings.Settings(max_memory_mib=1024), {"annotations": {"io.remora.memory": "2G"}})
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        *(("io.remora.memory", value) for value in ("0", "-1G", "64M", "999999999999T", "9" * 5000, "lots", "", "٣G")),
+        *(("io.remora.cpus", value) for value in ("0", "-1", "1.5", "9" * 5000, "many", "", "٣")),
+    ],
+)
+def test_a_size_that_no_microvm_can_have_is_refused_with_what_to_write(annotation: str, value: str) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        settings.size(settings.Settings(), {"annotations": {annotation: value}})
+    assert refused.value.fix
+    assert len(refused.value.message) < 300
 
 
 def test_a_pod_is_known_by_namespace_and_name() -> None:
@@ -155,14 +170,16 @@ def test_metrics_have_the_form_of_the_hosts_cgroups() -> None:
     assert (v2.memory.usage, v2.memory.usage_limit) == (100, 999)
 
 
-def test_layers_are_the_lower_directories_lowest_first_and_a_written_upper_one(tmp_path: Path) -> None:
+def test_layers_are_the_lower_directories_lowest_first_and_a_written_upper_one_is_none(tmp_path: Path) -> None:
     upper = tmp_path / "upper"
     upper.mkdir()
     options = ["index=off", f"upperdir={upper}", "workdir=/w", "lowerdir=/top:/middle:/bottom"]
-    assert layers.split([c.Mount(type="overlay", options=options)]) == ([], ["/bottom", "/middle", "/top"])
+    assert layers.split([c.Mount(type="overlay", options=options)]) == ([], ["/bottom", "/middle", "/top"], "")
     (upper / "file").touch()
-    assert layers.split([c.Mount(type="overlay", options=options)])[1][-1] == str(upper)
-    assert layers.split([c.Mount(type="erofs", source="/blob")]) == ([Path("/blob")], [])
+    assert layers.split([c.Mount(type="overlay", options=options)])[2] == str(upper)
+    assert layers.split([c.Mount(type="erofs", source="/blob")]) == ([Path("/blob")], [], "")
+    assert layers.split([c.Mount(type="bind", source="/view", options=["rbind", "ro"])]) == ([], ["/view"], "")
+    assert layers.split([c.Mount(type="bind", source="/active", options=["rbind", "rw"])]) == ([], [], "/active")
     with pytest.raises(UnimplementedError, match="overlayfs snapshotter"):
         layers.split([c.Mount(type="zfs", source="pool")])
 
@@ -178,3 +195,36 @@ def test_what_came_with_the_pod_is_no_grant() -> None:
     """containerd that passes everything a pod's author writes puts it into the container's annotations, too."""
     pod = {"annotations": {"grant.remora.dev/gpu": "forged"}}
     assert identity.grants(pod, {"annotations": {"grant.remora.dev/gpu": "forged"}}) == ()
+
+
+def test_a_root_that_can_be_written_is_packed_as_it_is_now_and_for_one_container_alone(tmp_path: Path) -> None:
+    root = tmp_path / "rootfs"
+    root.mkdir()
+    (root / "secret").write_text("of the first")
+    cache = layers.LayerCache(tmp_path / "state")
+    (first,) = cache.images([], str(root), tmp_path / "first.erofs")
+    assert b"of the first" in first.read_bytes()
+    # Nothing that a cache by names or settable times would notice.
+    (root / "secret").write_text("of another")
+    (second,) = cache.images([], str(root), tmp_path / "second.erofs")
+    assert b"of another" in second.read_bytes()
+    assert b"of the first" not in second.read_bytes()
+    assert not cache.directory.exists()
+
+
+def test_another_layer_at_the_same_place_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+    cache = layers.LayerCache(tmp_path / "state")
+    snapshot, old = tmp_path / "snapshots" / "1", tmp_path / "old"
+    mount = [c.Mount(type="overlay", options=[f"lowerdir={snapshot / 'fs'}"])]
+    found = []
+    for text in ("one", "two"):
+        (snapshot / "fs").mkdir(parents=True)
+        (snapshot / "fs" / "file").write_text(text)
+        os.utime(snapshot, (1, 1))
+        os.utime(snapshot / "fs", (1, 1))
+        found.append(cache.images(mount, "", tmp_path / "own"))
+        assert cache.images(mount, "", tmp_path / "own") == found[-1]
+        if text == "one":
+            snapshot.rename(old)
+    assert found[0] != found[1]
+    assert b"two" in found[1][0].read_bytes()

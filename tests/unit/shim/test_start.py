@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from remora.sandboxes.registry import Registry
 from remora.shim import launcher, start
 from remora.wire import containerd as c
 from remora.wire.ttrpc.sync import Client
@@ -124,6 +127,47 @@ def test_a_socket_left_by_a_killed_server_is_no_obstacle(bed: Bed) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
     assert bed.start(folder) == f"unix://{path}"
+
+
+def test_an_agent_that_does_not_answer_keeps_nothing_of_a_dead_pod_alive(bed: Bed) -> None:
+    """containerd gives `delete` five seconds; it may be killed in the middle, and nobody asks again."""
+    folder = bed.bundle("dead")
+    runtime = bed.base / "r"
+    address = bed.start(folder)
+    path = Path(address.removeprefix("unix://"))
+    with bed.client(address) as client:
+        answer = client.call(TASK, "Connect", c.ProcessRequest(id="dead"), c.ConnectResponse, timeout_s=10)
+    os.kill(answer.shim_pid, signal.SIGKILL)
+    bed.addresses.clear()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(bed.base / "silent"))
+        silent.listen()
+        record, lock = Registry(runtime).create({"container": "dead", "control_socket": str(bed.base / "silent")})
+        os.close(lock)
+        process = subprocess.Popen(
+            [
+                str(bed.program),
+                "-namespace",
+                "t",
+                "-address",
+                "/c.sock",
+                "-id",
+                "dead",
+                "-bundle",
+                str(folder),
+                "delete",
+            ],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+        )
+        with process:
+            silent.settimeout(10)
+            connection, _ = silent.accept()
+            # While it still waits for the agent's answer.
+            left = path.exists(), record.directory.exists()
+            connection.close()
+        assert process.returncode == 0
+    assert left == (False, False)
 
 
 def test_delete_is_harmless_before_and_after_everything(bed: Bed) -> None:
