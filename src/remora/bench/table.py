@@ -62,6 +62,7 @@ def tables(report: Mapping[str, Any]) -> str:
     results, host = report["results"], report["host"]
     lines = [
         f"{host['time'][:10]}, {host['processor']}, {host['cores']} cores, load {host['load_1min']:g}:",
+        *(["", f"{report['note'].capitalize()}."] if report.get("note") else []),
         "",
         _row("result", "measured", "yardstick", "ratio", "aim"),
         "|---|---|---|---|---|",
