@@ -124,11 +124,18 @@ class Node:
         """Do what Kata does at the end of a sandbox."""
         shutil.rmtree(path)
 
+    def clear(self) -> None:
+        """Have every sandbox of Kata's gone, and its pod."""
+        self.close()
+        for path in (self.root / "run/vc", self.root / "run/kata", self.containerd / "io.containerd.runtime.v2.task"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def close(self) -> None:
         for sock in self._open:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # wakes whoever accepts
             sock.close()
+        self._open.clear()
 
 
 def cri(sandbox_id: str, namespace: str, name: str) -> dict[str, str]:

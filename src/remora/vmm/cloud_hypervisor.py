@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from remora.vmm.api import Request
 from remora.vmm.api_machine import CALL_S, ApiMachine, limiter, spawn_with_console
 from remora.vmm.channel import SOCKET_NAME
 from remora.vmm.contract import Capabilities, Driver, Machine, Network, Rate, VmSpec
-from remora.vmm.process import find_program, version_of
+from remora.vmm.process import find_program, first_line
 
 BINARY = "cloud-hypervisor"
 #: The guest's address on its vsock; private to each monitor.
@@ -228,7 +229,12 @@ class CloudHypervisorDriver:
     @property
     def version(self) -> str:
         if not self._version:
-            self._version = version_of(self.binary, r"v(\d+\.\d+(?:\.\d+)?)", "Cloud Hypervisor")
+            match = re.search(r"v(\d+\.\d+(?:\.\d+)?)", first_line(self.binary, "--version"))
+            if match is None:
+                raise FailedPreconditionError(
+                    f"{self.binary} does not tell its version", fix="reinstall Cloud Hypervisor"
+                )
+            self._version = match[1]
         return self._version
 
     def check(self, spec: VmSpec) -> None:

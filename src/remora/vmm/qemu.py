@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from remora.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from remora.guest.kernel import CHANNEL_PORT_NAME, MAX_SERIAL_BYTES
 from remora.vmm.contract import Capabilities, Driver, Rate, SlottedMachine, VmSpec
-from remora.vmm.process import MonitorProcess, find_program, spawn, version_of
+from remora.vmm.process import MonitorProcess, find_program, first_line, spawn
 from remora.vmm.qmp import QmpClient
 
 BINARY = "qemu-system-x86_64"
@@ -271,7 +272,10 @@ class QemuDriver:
     @property
     def version(self) -> str:
         if not self._version:
-            self._version = version_of(self.binary, r"version (\d+\.\d+\.\d+)", "QEMU")
+            match = re.search(r"version (\d+\.\d+\.\d+)", first_line(self.binary, "--version"))
+            if match is None:
+                raise FailedPreconditionError(f"{self.binary} does not tell its version", fix="reinstall QEMU")
+            self._version = match[1]
         return self._version
 
     def check(self, spec: VmSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from agent_process import AgentProcess, Guest, wait_until
+from agent_process import AgentProcess, Guest, catalogue_directory, wait_until
 from fleets import CRI, Node, connect, cri, listen, served
 from handovers import succeed
-from remora.errors import NotFoundError, PermissionDeniedError, RemoraError, UnauthenticatedError
+from remora.errors import PermissionDeniedError, RemoraError, UnauthenticatedError
 from remora.wire import control_v1
 
 KINDS = (
@@ -32,22 +33,44 @@ KINDS = (
 COMING_AND_GOING = int(os.environ.get("REMORA_FLEET", "100"))
 
 
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    node = Node(tmp_path / "node")
-    yield node
-    node.close()
+class FleetAgent(AgentProcess):
+    """An agent that finds a node's sandboxes."""
+
+    def __init__(self, directory: Path, node: Node) -> None:
+        super().__init__(directory, config=f"{node.config}[workers]\nstandby = 0\n")
+        self.fleets = ("--attach", node.attach, "--attach", f"firecracker:{node.root}/fc/*/v.sock")
 
 
-@pytest.fixture
-def agent(tmp_path: Path, node: Node) -> Iterator[AgentProcess]:
-    (tmp_path / "a").mkdir()
-    agent = AgentProcess(tmp_path / "a", config=f"{node.config}[workers]\nstandby = 0\n")
-    agent.start("--attach", node.attach, "--attach", f"firecracker:{tmp_path}/fc/*/v.sock")
-    yield agent
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FleetAgent, Node]]:
+    """One agent for all, as each start costs a second: a test leaves the node empty, and the log is its own."""
+    node = Node(tmp_path_factory.mktemp("node"))
+    agent = FleetAgent(tmp_path_factory.mktemp("a"), node)
+    agent.start(*agent.fleets)
+    yield agent, node
     assert agent.stop() == 0, agent.log[-3000:]
+    assert list(node.root.rglob("*_2048")) == []
+
+
+@pytest.fixture
+def node(running: tuple[FleetAgent, Node]) -> Iterator[Node]:
+    node = running[1]
+    (node.root / "fc").mkdir()
+    yield node
+    node.clear()
+    shutil.rmtree(node.root / "fc")
+
+
+@pytest.fixture
+def agent(running: tuple[FleetAgent, Node], node: Node) -> Iterator[FleetAgent]:
+    agent = running[0]
+    os.truncate(agent.log_path, 0)
+    yield agent
+    node.clear()
+    for path in (node.root / "fc").iterdir():
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    wait_until(lambda: not served(agent), "the node to be empty")
     assert "internal error" not in agent.log, agent.log[-3000:]
-    assert list(tmp_path.rglob("*_2048")) == []
 
 
 def name_of(namespace: str, pod: str, sandbox_id: str) -> str:
@@ -58,7 +81,7 @@ def descriptors(agent: AgentProcess) -> int:
     return len(os.listdir(f"/proc/{agent.pid}/fd"))
 
 
-def test_kata_sandboxes_are_found_known_by_their_pod_and_let_go(agent: AgentProcess, node: Node) -> None:
+def test_kata_sandboxes_are_found_known_by_their_pod_and_let_go(agent: FleetAgent, node: Node) -> None:
     pods = {
         node.pod("prod", kind, **{"io.remora.tenant": "acme", "io.remora.label.tier": "gold"}): kind for kind in KINDS
     }
@@ -81,8 +104,8 @@ def test_kata_sandboxes_are_found_known_by_their_pod_and_let_go(agent: AgentProc
     wait_until(lambda: descriptors(agent) <= before - 2 * len(KINDS), "their descriptors to be closed")
 
 
-def test_plain_directories_are_served_before_their_monitor_listens(agent: AgentProcess, tmp_path: Path) -> None:
-    directory = tmp_path / "fc" / "function-7"
+def test_plain_directories_are_served_before_their_monitor_listens(agent: FleetAgent, node: Node) -> None:
+    directory = node.root / "fc" / "function-7"
     directory.mkdir(parents=True)
     ours = directory / "v.sock_2048"
     wait_until(ours.exists, "the agent's socket")
@@ -98,7 +121,7 @@ def test_plain_directories_are_served_before_their_monitor_listens(agent: AgentP
         assert served(agent)["function-7"].sessions == 2
 
 
-def test_nobody_but_the_monitor_is_served(agent: AgentProcess, node: Node) -> None:
+def test_nobody_but_the_monitor_is_served(agent: FleetAgent, node: Node) -> None:
     sandbox_id = node.pod("prod", "web")
     ours = node.boot(node.path("go-firecracker", sandbox_id))
     wait_until(ours.exists, "the agent's socket")
@@ -118,13 +141,13 @@ def test_nobody_but_the_monitor_is_served(agent: AgentProcess, node: Node) -> No
         guest.ping()
 
 
-def test_a_monitor_of_another_user_may_connect_and_nobody_else(agent: AgentProcess, tmp_path: Path) -> None:
+def test_a_monitor_of_another_user_may_connect_and_nobody_else(agent: FleetAgent, node: Node) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can be several users")
-    directory = tmp_path / "fc" / "jailed"
+    directory = node.root / "fc" / "jailed"
     directory.mkdir(parents=True)
     for above in directory.parents:  # the other user must get there
-        if above.is_relative_to(tmp_path.parents[1]):
+        if above.is_relative_to(node.root.parents[0]):
             above.chmod(above.stat().st_mode | 0o011)
     ours = directory / "v.sock_2048"
     wait_until(ours.exists, "the agent's socket")
@@ -154,11 +177,10 @@ def test_a_monitor_of_another_user_may_connect_and_nobody_else(agent: AgentProce
 
 
 def test_symlinks_and_directories_of_others_are_refused_and_nothing_is_made_in_them(
-    agent: AgentProcess, node: Node, tmp_path: Path
+    agent: FleetAgent, node: Node
 ) -> None:
-    elsewhere = tmp_path / "elsewhere" / "root"
+    elsewhere = node.root / "elsewhere" / "root"
     elsewhere.mkdir(parents=True)
-    (tmp_path / "fc").mkdir()
     linked, open_to_all = node.pod("prod", "linked"), node.pod("prod", "open")
     firecracker = node.root / "run/vc/firecracker"
     (firecracker / linked[:32]).mkdir(parents=True)
@@ -168,7 +190,7 @@ def test_symlinks_and_directories_of_others_are_refused_and_nothing_is_made_in_t
         path.parent.mkdir(parents=True)
         path.parent.chmod(0o777)
         node.boot(path)
-        (tmp_path / "fc" / "link").symlink_to(elsewhere)
+        (node.root / "fc" / "link").symlink_to(elsewhere)
         wait_until(lambda: agent.log.count("sandbox not served") >= 2, "refusals")
     assert "symlinks are not followed" in agent.log
     assert "everyone may write to" in agent.log
@@ -179,7 +201,7 @@ def test_symlinks_and_directories_of_others_are_refused_and_nothing_is_made_in_t
     wait_until(lambda: served(agent), "the sandbox that was put right")
 
 
-def test_no_annotation_of_a_pods_author_makes_it_another_sandbox(agent: AgentProcess, node: Node) -> None:
+def test_no_annotation_of_a_pods_author_makes_it_another_sandbox(agent: FleetAgent, node: Node) -> None:
     victim = node.pod("prod", "bank")
     forged = "f" * 64
     # Another container's bundle with the victim's annotations; a pod of another namespace of containerd; no pod.
@@ -198,7 +220,7 @@ def test_no_annotation_of_a_pods_author_makes_it_another_sandbox(agent: AgentPro
     wait_until(lambda: agent.log.count("containerd knows no such sandbox") == 3, "the others to be told of")
 
 
-def test_two_sandboxes_that_begin_alike_are_both_kept_out(agent: AgentProcess, node: Node) -> None:
+def test_two_sandboxes_that_begin_alike_are_both_kept_out(agent: FleetAgent, node: Node) -> None:
     one = node.pod("prod", "one")
     twin = one[:32] + "0" * 32
     node.bundle(twin, cri(twin, "prod", "two"))
@@ -207,7 +229,7 @@ def test_two_sandboxes_that_begin_alike_are_both_kept_out(agent: AgentProcess, n
     assert served(agent) == {}
 
 
-def test_qemu_sandboxes_are_known_by_the_cid_that_their_shim_tells(agent: AgentProcess, node: Node) -> None:
+def test_qemu_sandboxes_are_known_by_the_cid_that_their_shim_tells(agent: FleetAgent, node: Node) -> None:
     first, second = node.pod("prod", "q1"), node.pod("prod", "q2")
     node.shim("run/vc/sbs", first, lambda: b"vsock://70001:1024")
     told = iter([b"", b"vsock://70002:1024"])
@@ -219,7 +241,7 @@ def test_qemu_sandboxes_are_known_by_the_cid_that_their_shim_tells(agent: AgentP
     wait_until(lambda: set(served(agent)) == {names[1]}, "the first to be let go")
 
 
-def test_a_monitor_made_before_its_sandbox_is_found_through_the_shim(agent: AgentProcess, node: Node) -> None:
+def test_a_monitor_made_before_its_sandbox_is_found_through_the_shim(agent: FleetAgent, node: Node) -> None:
     sandbox_id = node.pod("prod", "templated")
     path = node.path("go-cloud-hypervisor", "4f1c7d9e-cached-vm")
     ours = node.boot(path)
@@ -229,7 +251,7 @@ def test_a_monitor_made_before_its_sandbox_is_found_through_the_shim(agent: Agen
         assert served(agent)[name_of("prod", "templated", sandbox_id)].sessions == 1
 
 
-def test_a_shim_that_never_answers_keeps_nobody_waiting_for_long(agent: AgentProcess, node: Node) -> None:
+def test_a_shim_that_never_answers_keeps_nobody_waiting_for_long(agent: FleetAgent, node: Node) -> None:
     hung = threading.Event()
     node.shim("run/vc/sbs", node.pod("prod", "hung"), lambda: b"" * hung.wait(60))
     node.boot(node.path("go-firecracker", node.pod("prod", "well")))
@@ -238,7 +260,7 @@ def test_a_shim_that_never_answers_keeps_nobody_waiting_for_long(agent: AgentPro
 
 
 def test_sessions_go_on_after_the_agent_was_killed_and_those_of_gone_sandboxes_end(
-    agent: AgentProcess, node: Node
+    agent: FleetAgent, node: Node
 ) -> None:
     kept, lost = node.pod("prod", "kept"), node.pod("prod", "lost")
     paths = [node.path("rust-jailed-firecracker", sandbox_id) for sandbox_id in (kept, lost)]
@@ -249,7 +271,7 @@ def test_sessions_go_on_after_the_agent_was_killed_and_those_of_gone_sandboxes_e
     agent.kill()
     assert ours.exists()
     node.remove(paths[1].parent)
-    agent.start("--attach", node.attach)
+    agent.start(*agent.fleets)
     with Guest(connect(ours), token) as guest:
         assert guest.hello.resumed
         assert set(served(agent)) == {name_of("prod", "kept", kept)}
@@ -261,22 +283,23 @@ def test_sessions_go_on_after_the_agent_was_killed_and_those_of_gone_sandboxes_e
     agent.start()
     assert served(agent) == {}
     node.remove(paths[0].parent)
+    agent.stop()
+    agent.start(*agent.fleets)
 
 
-def test_a_successor_takes_the_sockets_of_found_sandboxes(agent: AgentProcess, node: Node) -> None:
+def test_a_successor_takes_the_sockets_of_found_sandboxes(agent: FleetAgent, node: Node) -> None:
     ours = node.boot(node.path("rust-jailed-firecracker", node.pod("prod", "moved")))
     wait_until(ours.exists, "the agent's socket")
     inode = ours.stat().st_ino
     with Guest(connect(ours)) as guest:
         token = guest.token
-    succeed(agent, "--attach", node.attach)
+    succeed(agent, *agent.fleets)
     assert ours.stat().st_ino == inode
     with Guest(connect(ours), token) as guest:
         assert guest.hello.resumed
 
 
-def test_a_hundred_that_come_and_go_are_served_and_leave_nothing(agent: AgentProcess, node: Node) -> None:
-    wait_until(lambda: True, "")
+def test_a_hundred_that_come_and_go_are_served_and_leave_nothing(agent: FleetAgent, node: Node) -> None:
     before = descriptors(agent)
     directories = []
     for number in range(COMING_AND_GOING):
@@ -292,7 +315,7 @@ def test_a_hundred_that_come_and_go_are_served_and_leave_nothing(agent: AgentPro
                 guest.ping()
         if number == COMING_AND_GOING // 2:
             agent.kill()
-            agent.start("--attach", node.attach)
+            agent.start(*agent.fleets)
     wait_until(lambda: len(served(agent)) == len(directories), "all that are there")
     for directory in directories:
         node.remove(directory)
@@ -300,7 +323,7 @@ def test_a_hundred_that_come_and_go_are_served_and_leave_nothing(agent: AgentPro
     wait_until(lambda: descriptors(agent) <= before, "their descriptors to be closed")
 
 
-def test_a_found_sandbox_that_the_operator_detaches_stays_detached(agent: AgentProcess, node: Node) -> None:
+def test_a_found_sandbox_that_the_operator_detaches_stays_detached(agent: FleetAgent, node: Node) -> None:
     one, other = node.pod("prod", "one"), node.pod("prod", "other")
     ours = node.boot(node.path("go-firecracker", one))
     wait_until(ours.exists, "the agent's socket")
@@ -312,23 +335,27 @@ def test_a_found_sandbox_that_the_operator_detaches_stays_detached(agent: AgentP
     assert not ours.exists()
 
 
-def test_rules_for_a_namespace_apply_to_kata_pods(tmp_path: Path, node: Node) -> None:
+def test_rules_for_a_namespace_apply_to_kata_pods(tmp_path: Path) -> None:
+    node = Node(tmp_path / "node")
     rules = '[[label]]\nmatch = { namespace = "poor" }\noperations = []\n'
     (tmp_path / "b").mkdir()
-    agent = AgentProcess(tmp_path / "b", config=f"{node.config}attach = ['{node.attach}']\n{rules}")
+    agent = AgentProcess(
+        tmp_path / "b", config=f"{node.config}attach = ['{node.attach}']\n{rules}", models=catalogue_directory()
+    )
     agent.start()
     try:
         sockets = [node.boot(node.path("go-firecracker", node.pod(name, "p"))) for name in ("poor", "rich")]
         wait_until(lambda: all(path.exists() for path in sockets), "both sockets")
-        with Guest(connect(sockets[1])) as guest, pytest.raises(NotFoundError):
-            guest.infer("identity")  # it may, but there is none here
+        with Guest(connect(sockets[1])) as guest:
+            guest.infer("identity")
         with Guest(connect(sockets[0])) as guest, pytest.raises(PermissionDeniedError):
             guest.infer("identity")
     finally:
+        node.close()
         assert agent.stop(signal.SIGTERM) == 0
 
 
-@pytest.mark.parametrize("fleet", ["kata:relative", "firecracker:/srv/fc/v.sock", "firecracker:/srv/*/*/v", "qemu"])
+@pytest.mark.parametrize("fleet", ["firecracker:/srv/fc/v.sock", "qemu"])
 def test_a_fleet_that_could_not_be_found_is_refused_with_the_forms(tmp_path: Path, fleet: str) -> None:
     agent = AgentProcess(tmp_path)
     done = subprocess.run(
@@ -338,7 +365,7 @@ def test_a_fleet_that_could_not_be_found_is_refused_with_the_forms(tmp_path: Pat
     assert "firecracker:/srv/fc/*/v.sock" in done.stderr or "/srv/fc/*/v.sock" in done.stderr
 
 
-def test_a_stray_listener_beside_a_monitor_is_told_of_and_left_alone(agent: AgentProcess, node: Node) -> None:
+def test_a_stray_listener_beside_a_monitor_is_told_of_and_left_alone(agent: FleetAgent, node: Node) -> None:
     path = node.path("go-firecracker", node.pod("prod", "taken"))
     path.parent.mkdir(parents=True)
     with listen(path.with_name("kata.hvsock_2048")) as other:
@@ -362,7 +389,7 @@ def state_grant(agent: AgentProcess, number: int) -> str:
     return grant.id
 
 
-def test_containers_bring_the_kubelets_grants_and_pods_authors_none(agent: AgentProcess, node: Node) -> None:
+def test_containers_bring_the_kubelets_grants_and_pods_authors_none(agent: FleetAgent, node: Node) -> None:
     first, second, stolen = (state_grant(agent, number) for number in range(3))
     # A containerd that passes whatever a pod's author writes, into the sandbox and into its containers.
     forger = node.pod("prod", "forger", **{"grant.remora.dev/gpu": stolen})

@@ -45,6 +45,19 @@ _WAIT_S = 1
 _DONTWAIT = socket.MSG_DONTWAIT
 
 
+def _bound_waits(sock: socket.socket) -> None:
+    """Have each receive end by itself after `_WAIT_S`.
+
+    Python takes no structure as an option of a vsock (sock_setsockopt in its socketmodule.c), so that an object of
+    another family sets it.
+    """
+    alias = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=sock.fileno())
+    try:
+        alias.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _WAIT_S, 0))
+    finally:
+        alias.detach()
+
+
 class Client:
     """A ttrpc connection. Closes `sock` when it is closed.
 
@@ -67,7 +80,7 @@ class Client:
         # TLS would take the end of a wait for an error of its own.
         self._waits_briefly = type(sock) is socket.socket
         if self._waits_briefly:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _WAIT_S, 0))
+            _bound_waits(sock)
         self._sock = sock
         self._limits = limits
         self._decoder = FrameDecoder(max_message_bytes, allocate=allocate)
