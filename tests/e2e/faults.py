@@ -493,6 +493,7 @@ def main() -> int:
     parser.add_argument("--restart-s", type=float, default=2.0, help="bound on the first answer after a restart")
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_signal: sys.exit(128 + signal.SIGTERM))  # and leave nothing mounted
     found = run(args.only or list(FAULTS), args.count, partial(print, flush=True), restart_s=args.restart_s)
     for tally in found["load"]:
         print({key: value for key, value in tally.items() if value})

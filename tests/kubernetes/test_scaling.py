@@ -44,6 +44,11 @@ def report(load: ConstantLoad, what: str, began_s: float) -> None:
     assert tally.lost == []
 
 
+def scale(cluster: Cluster, replicas: int) -> list[dict[str, Any]]:
+    cluster.kubectl("scale", "deployment", "classify", f"--replicas={replicas}")
+    return pods_are(cluster, replicas)
+
+
 def pods_are(cluster: Cluster, replicas: int) -> list[dict[str, Any]]:
     """Wait until there are so many ready pods and no others."""
 
@@ -75,8 +80,7 @@ def test_scaled_by_hand_each_pod_is_a_microvm_that_the_agent_knows_by_name(
     cluster: Cluster, agents: dict[str, Agent], load: ConstantLoad, replicas: int
 ) -> None:
     began_s = time.monotonic()
-    cluster.kubectl("scale", "deployment", "classify", f"--replicas={replicas}")
-    pods = pods_are(cluster, replicas)
+    pods = scale(cluster, replicas)
     settled_s = time.monotonic() - began_s
     assert sum(len(node.microvms()) for node in cluster.nodes) == replicas
     cluster.wait("each pod has answered", lambda: counted(cluster, agents, pods))
@@ -86,6 +90,7 @@ def test_scaled_by_hand_each_pod_is_a_microvm_that_the_agent_knows_by_name(
 def test_an_agent_that_is_killed_and_started_again_costs_no_answer(
     cluster: Cluster, agents: dict[str, Agent], load: ConstantLoad
 ) -> None:
+    scale(cluster, 3)
     began_s = time.monotonic()
     for agent in agents.values():
         agent.stop(signal.SIGKILL)
@@ -97,7 +102,7 @@ def test_an_agent_that_is_killed_and_started_again_costs_no_answer(
 
 
 def test_a_kubelet_that_is_killed_and_started_again_costs_no_answer(cluster: Cluster, load: ConstantLoad) -> None:
-    before = {pod["metadata"]["uid"] for pod in pods_are(cluster, 3)}
+    before = {pod["metadata"]["uid"] for pod in scale(cluster, 3)}
     began_s = time.monotonic()
     for node in cluster.nodes:
         node.restart("kubelet")
@@ -111,6 +116,7 @@ def test_a_kubelet_that_is_killed_and_started_again_costs_no_answer(cluster: Clu
 def test_a_drained_nodes_pods_come_back_elsewhere(cluster: Cluster, load: ConstantLoad) -> None:
     with_dns = cluster.ready_pods("k8s-app=kube-dns", "kube-system")[0]["spec"]["nodeName"]
     node = next(node for node in cluster.nodes if node.name != with_dns)
+    scale(cluster, 3)
     began_s = time.monotonic()
     cluster.kubectl("drain", node.name, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=120s")
     assert {pod["spec"]["nodeName"] for pod in pods_are(cluster, 3)} == {with_dns}

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from authority import Authority
 from long_runners import LongRunners
-from node_network import SERVICES
+from node_network import API_SERVICE, SERVICES
 
 _KUBECONFIG = """\
 apiVersion: v1
@@ -179,8 +179,7 @@ class ApiOnlyCluster:
         self.wait("the default service account", lambda: self.get("serviceaccount", "default"))
 
     def _apiserver_arguments(self, key: Path, etcd: str) -> list[str]:
-        inside = SERVICES.replace("0.0/16", "0.1")
-        names = f"IP:{self.address},IP:{inside},DNS:kubernetes.default.svc,DNS:kubernetes.default"
+        names = f"IP:{self.address},IP:{API_SERVICE},DNS:kubernetes.default.svc,DNS:kubernetes.default"
         certificate, private = self._issuer.issue("apiserver", alternative=names)
         proxy, proxy_key = self.front_proxy.issue("front-proxy-client")
         # Pods cannot reach a loopback address, so the service `kubernetes` gets none.

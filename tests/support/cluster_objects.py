@@ -7,7 +7,7 @@ from typing import Any
 
 from container_images import file_layer
 from containerd_process import Containerd
-from kubernetes_node import DNS
+from node_network import DNS_SERVICE
 from pod_agent import IMAGE
 
 RUNTIME_CLASS = {
@@ -147,6 +147,6 @@ def dns() -> list[dict[str, Any]]:
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": "kube-dns", "namespace": "kube-system"},
-            "spec": {"clusterIP": DNS, "selector": labels, "ports": ports},
+            "spec": {"clusterIP": DNS_SERVICE, "selector": labels, "ports": ports},
         },
     ]

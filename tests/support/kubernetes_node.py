@@ -13,9 +13,8 @@ from containerd_process import Containerd
 from cri_client import CriError, Pod
 from cri_v1 import Empty, SandboxList
 from long_runners import LongRunners
-from node_network import PODS, NodeNetwork
+from node_network import DNS_SERVICE, PODS, NodeNetwork, pod_subnet
 
-DNS = "10.214.0.10"
 _KUBELET = """\
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -62,7 +61,7 @@ class Node:
         self.name = f"remora-node-{index}"
         self.cgroup = f"/remora-test-{os.getpid()}-{index}"
         self._binaries = binaries
-        subnet = f"{PODS.removesuffix('.0.0/16')}.{index + 1}"
+        subnet = pod_subnet(index)
         self.containerd = Containerd(index, node=True, subnet=subnet, remora=remora)
         assert self.containerd.node is not None
         self.spaces = self.containerd.node
@@ -77,7 +76,7 @@ class Node:
         (base / "pod-logs").mkdir()
         (base / "resolv.conf").write_text("nameserver 127.0.0.1\n")
         config, proxy = base / "kubelet.yaml", base / "kube-proxy.yaml"
-        config.write_text(_KUBELET.format(base=base, address=self.address, cgroup=self.cgroup, dns=DNS))
+        config.write_text(_KUBELET.format(base=base, address=self.address, cgroup=self.cgroup, dns=DNS_SERVICE))
         proxy.write_text(_PROXY.format(pods=PODS, name=self.name, kubeconfig=kube_proxy))
         for root in self._cgroups():
             with contextlib.suppress(OSError):

@@ -12,9 +12,17 @@ import subprocess
 
 from node_spaces import NodeSpaces
 
-SERVICES = "10.214.0.0/16"
+#: Two clusters beside each other have other addresses.
+_SLOT = os.getpid() % 63 * 4
+SERVICES = f"10.214.{_SLOT}.0/22"
+API_SERVICE, DNS_SERVICE = f"10.214.{_SLOT}.1", f"10.214.{_SLOT}.10"
 #: Every node's pods are in here: kube-proxy masquerades what calls a service from elsewhere.
-PODS = "10.216.0.0/16"
+PODS = f"10.216.{_SLOT}.0/22"
+
+
+def pod_subnet(index: int) -> str:
+    """Return the first three numbers of the addresses of a node's pods, of up to four nodes."""
+    return f"10.216.{_SLOT + index}"
 
 
 class NodeNetwork:

@@ -50,6 +50,10 @@ class Bundle:
         """Return the path on the node of a program that can be run."""
         return f"{self.home}/bin/{name}"
 
+    def binary(self, name: str) -> str:
+        """Return where the program itself is, below `home`: beside `bin`, as the image has some there, too."""
+        return f"libexec/{posixpath.basename(self.programs[name])}"
+
     def at_home(self, path: str) -> str:
         return self.home + path
 
@@ -74,7 +78,7 @@ def wrapper(bundle: Bundle, name: str) -> str:
     """Return the program `name` of the node: a script for /bin/sh, which each node has."""
     libraries = ":".join(map(bundle.at_home, bundle.libraries))
     command = f'{bundle.at_home(bundle.linker)} --library-path {libraries} --argv0 "$0" '
-    command += bundle.at_home(bundle.programs[name])
+    command += f"{bundle.home}/{bundle.binary(name)}"
     if name.startswith("qemu-"):
         # It looks for its firmware beside its own binary, for which it takes the linker.
         command = f"QEMU_MODULE_DIR={bundle.at_home(posixpath.join(bundle.libraries[-1], 'qemu'))} exec {command}"
@@ -99,13 +103,14 @@ def install(node: Node, bundle: Bundle, root: Path = Path("/")) -> None:
     """
     python = bundle.programs["python3"]
     standard = posixpath.join("/usr/lib", posixpath.basename(python))
-    trees = [*bundle.trees, *bundle.programs.values(), bundle.linker]
+    trees = {path: path.lstrip("/") for path in (*bundle.trees, bundle.linker)}
+    trees |= {path: bundle.binary(name) for name, path in bundle.programs.items()}
     programs = {f"bin/{name}": wrapper(bundle, name) for name in bundle.programs}
     # Python finds its library by the way from its own name: bin/python3, lib/python3.11.
     links = {f"lib/{posixpath.basename(python)}": f"..{standard}"}
     guest = f"{STATE}/guest/{bundle.guest_digest[:16]}"
     for home, sources, files, made in (
-        (bundle.home, {path: path.lstrip("/") for path in trees}, programs, links),
+        (bundle.home, trees, programs, links),
         (guest, {bundle.guest: ""}, {}, {}),
     ):
         if (node.at(home) / _COMPLETE).exists():

@@ -56,6 +56,8 @@ class Record:
     backup: str = ""
     #: The installation wrote the whole main file.
     created_config: bool = False
+    #: containerd has not read it yet: the attempt to restart it failed.
+    restart_due: bool = False
 
     def to_json(self) -> bytes:
         return (json.dumps(self.__dict__, indent=2, sort_keys=True) + "\n").encode()
@@ -108,6 +110,10 @@ class Node:
                 fix="remove it and install again, then uninstall",
             ) from error
 
+    def save(self, record: Record) -> None:
+        if not self.dry_run and self.read(RECORD) != record.to_json():
+            self._put(RECORD, record.to_json(), 0o644)
+
     def keep_record(self, record: Record, files: Iterable[File]) -> None:
         """Write down what is about to be written, before it is."""
         for file in files:
@@ -115,8 +121,7 @@ class Node:
                 record.files[file.path] = _digest(file.content)
         for path in (RECORD, *record.files, *record.trees):
             self._note_directories(record, path)
-        if not self.dry_run and self.read(RECORD) != record.to_json():
-            self._put(RECORD, record.to_json(), 0o644)
+        self.save(record)
 
     def _note_directories(self, record: Record, path: str) -> None:
         directory = os.path.dirname(path)

@@ -71,8 +71,13 @@ def install(node: Node, setup: Setup, *, restart: Callable[[], str]) -> None:
     for file in (*wanted, *backup):
         node.write(file)
     written = [node.write(file) for file in config]
-    if any(written):
+    if any(written) or record.restart_due:
+        # Written down first: a restart that fails is made up for by the next run.
+        record.restart_due = True
+        node.save(record)
         _restarted(node, restart)
+        record.restart_due = False
+        node.save(record)
 
 
 def uninstall(
@@ -110,10 +115,12 @@ def uninstall(
         node.remove_tree(tree)
     if record.backup:
         node.remove(record.backup)
+    if changed or record.restart_due:
+        record.restart_due = True
+        node.save(record)
+        _restarted(node, restart)
     node.remove(RECORD)
     node.remove_directories(record.directories)
-    if changed:
-        _restarted(node, restart)
 
 
 def _wanted(setup: Setup) -> list[File]:

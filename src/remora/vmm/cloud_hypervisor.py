@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from remora.vmm.api import Request
 from remora.vmm.api_machine import CALL_S, ApiMachine, limiter, spawn_with_console
 from remora.vmm.channel import SOCKET_NAME
 from remora.vmm.contract import Capabilities, Driver, Machine, Network, Rate, VmSpec
-from remora.vmm.process import find_program, first_line
+from remora.vmm.process import find_program, version_of
 
 BINARY = "cloud-hypervisor"
 #: The guest's address on its vsock; private to each monitor.
@@ -229,12 +228,7 @@ class CloudHypervisorDriver:
     @property
     def version(self) -> str:
         if not self._version:
-            match = re.search(r"v(\d+\.\d+(?:\.\d+)?)", first_line(self.binary, "--version"))
-            if match is None:
-                raise FailedPreconditionError(
-                    f"{self.binary} does not tell its version", fix="reinstall Cloud Hypervisor"
-                )
-            self._version = match[1]
+            self._version = version_of(self.binary, r"v(\d+\.\d+(?:\.\d+)?)", "Cloud Hypervisor")
         return self._version
 
     def check(self, spec: VmSpec) -> None:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from remora.errors import FailedPreconditionError
 from remora.vmm.contract import Ended
 
 _PR_SET_PDEATHSIG = 1
@@ -61,6 +62,18 @@ def first_line(binary: str, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.partition("\n")[0]
+
+
+def version_of(binary: str, pattern: str, product: str) -> str:
+    """Return what `pattern`'s first group finds in the line that a program answers `--version` with.
+
+    Raises:
+        FailedPreconditionError: nothing.
+    """
+    match = re.search(pattern, first_line(binary, "--version"))
+    if match is None:
+        raise FailedPreconditionError(f"{binary} does not tell its version", fix=f"reinstall {product}")
+    return match[1]
 
 
 def spawn(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from remora.errors import DeadlineExceededError, FailedPreconditionError, InvalidArgumentError
 from remora.guest.kernel import CHANNEL_PORT_NAME, MAX_SERIAL_BYTES
 from remora.vmm.contract import Capabilities, Driver, Rate, SlottedMachine, VmSpec
-from remora.vmm.process import MonitorProcess, find_program, first_line, spawn
+from remora.vmm.process import MonitorProcess, find_program, spawn, version_of
 from remora.vmm.qmp import QmpClient
 
 BINARY = "qemu-system-x86_64"
@@ -272,10 +271,7 @@ class QemuDriver:
     @property
     def version(self) -> str:
         if not self._version:
-            match = re.search(r"version (\d+\.\d+\.\d+)", first_line(self.binary, "--version"))
-            if match is None:
-                raise FailedPreconditionError(f"{self.binary} does not tell its version", fix="reinstall QEMU")
-            self._version = match[1]
+            self._version = version_of(self.binary, r"version (\d+\.\d+\.\d+)", "QEMU")
         return self._version
 
     def check(self, spec: VmSpec) -> None:

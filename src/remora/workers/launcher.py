@@ -119,7 +119,9 @@ def worker_argv(
     python = [found.python, "-I", "-S", "-B", "-c", boot, ":".join(found.packages), *arguments]
     if settings.confinement == "none":
         return python
-    argv = ["bwrap", "--unshare-all", "--unshare-user", *(["--disable-userns"] if found.closes_userns else [])]
+    # By its path: looked for along PATH by each start otherwise.
+    program = shutil.which("bwrap") or "bwrap"
+    argv = [program, "--unshare-all", "--unshare-user", *(["--disable-userns"] if found.closes_userns else [])]
     argv += ["--uid", str(_UID), "--gid", str(_UID), "--hostname", "worker", "--cap-drop", "ALL"]
     argv += ["--die-with-parent", "--as-pid-1", "--new-session", "--clearenv"]
     for name, value in environment().items():
@@ -182,7 +184,8 @@ def sweep() -> int:
     """Kill what an agent that was killed at the wrong moment left; returns how many processes.
 
     An agent's death ends bubblewrap, and that its child; but not a child that still waits to be let go (a window of
-    about a millisecond at each start). Such a child is one of ours without bubblewrap for a parent.
+    about a millisecond at each start). Such a child is one of ours without bubblewrap for a parent, and the first of
+    its PID namespace: the bubblewrap of an agent in a container has neither, but is in a namespace of others.
     """
     killed = 0
     for entry in os.listdir("/proc"):
@@ -190,7 +193,8 @@ def sweep() -> int:
             continue
         try:
             command = Path("/proc", entry, "cmdline").read_bytes()
-            if not command.startswith(b"bwrap\0") or b"from remora.workers." not in command:
+            program = command.partition(b"\0")[0].rpartition(b"/")[2]
+            if program != b"bwrap" or b"from remora.workers." not in command:
                 continue
             status = dict(line.split(":", 1) for line in Path("/proc", entry, "status").read_text().splitlines())
             parent = Path("/proc", status["PPid"].strip(), "comm").read_text().strip()

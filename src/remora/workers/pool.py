@@ -246,6 +246,12 @@ class WorkerPool:
                 self._spares.append(self._launch())
             except RemoraError:
                 return  # whoever needs a worker next meets the same error, and is told
+            self._spares[-1].on_death = self._spare_died
+
+    def _spare_died(self, _reason: str) -> None:
+        """Start another spare: the agent is not healthy without a worker, and may be asked nothing until it is."""
+        if self._spare_timer is None and not self._closed:
+            self._spare_timer = self._reactor.call_later(self._settings.backoff_most_s, self._refill)
 
     @staticmethod
     def _info(process: WorkerProcess, domain: Domain | None) -> WorkerInfo:

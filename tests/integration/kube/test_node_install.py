@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from fake_systemd import FakeSystemd, done, error
+from remora.kube import node_bundle
+from remora.kube.node_files import Node
+
 DEBIAN = 'version = 2\n\n[plugins."io.containerd.internal.v1.opt"]\n  path = "/var/lib/containerd/opt"\n'
 IMPORTS = 'version = 3\nimports = ["/etc/containerd/conf.d/*.toml"]\n'
 SHIM = "usr/local/bin/containerd-shim-remora-v2"
@@ -19,9 +24,9 @@ SHIM = "usr/local/bin/containerd-shim-remora-v2"
 
 def node(root: Path, *arguments: str, status: int = 0) -> tuple[dict[str, Any], str]:
     command = [sys.executable, "-m", "remora", "node", *arguments, "--root", str(root), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    assert done.returncode == status, done.stderr
-    return (json.loads(done.stdout) if done.stdout else {}), done.stderr
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert ran.returncode == status, ran.stderr
+    return (json.loads(ran.stdout) if ran.stdout else {}), ran.stderr
 
 
 def actions(answer: dict[str, Any]) -> set[str]:
@@ -58,8 +63,8 @@ def test_a_node_is_set_up_once_and_then_as_before(root: Path) -> None:
 
 def test_the_installed_shim_answers(root: Path) -> None:
     node(root, "install", "--no-agent")
-    done = subprocess.run([root / SHIM, "-v"], capture_output=True, text=True, check=False, timeout=30)
-    assert done.returncode == 0, done.stderr
+    ran = subprocess.run([root / SHIM, "-v"], capture_output=True, text=True, check=False, timeout=30)
+    assert ran.returncode == 0, ran.stderr
     assert not (root / "etc/systemd").exists()
 
 
@@ -152,3 +157,72 @@ def test_a_node_with_running_pods_is_not_uninstalled_by_accident(root: Path) -> 
         assert (root / SHIM).exists()
     node(root, "uninstall")  # a socket that nobody listens on is no pod
     assert not (root / SHIM).exists()
+
+
+def test_a_restart_of_containerd_that_failed_is_made_up_for(root: Path) -> None:
+    refusal, consent = b"Unit containerd.service not found.", b"/org/freedesktop/systemd1/job/1"
+    systemd = FakeSystemd(root, error(refusal))
+    _, complaint = node(root, "install", "--no-agent", status=10)
+    systemd.close()
+    assert refusal.decode() in complaint
+    systemd = FakeSystemd(root, done(consent))
+    second, _ = node(root, "install", "--no-agent")
+    systemd.close()
+    assert "restart" in actions(second)
+    assert b"RestartUnit" in systemd.calls
+    third, _ = node(root, "install", "--no-agent")
+    assert actions(third) == {"keep"}
+    systemd = FakeSystemd(root, done(consent), done(b""))
+    last, _ = node(root, "uninstall")
+    systemd.close()
+    assert "restart" in actions(last)
+
+
+def test_an_image_gives_the_node_the_shims_own_environment(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """On a small image of a program that prints its arguments; the whole one is installed by tests/kubernetes."""
+    image = tmp_path_factory.mktemp("image")
+    for name in ("lib/python3.11", "share/guest", "site/remora"):
+        (image / "usr" / name).mkdir(parents=True)
+    (image / "usr/lib/python3.11/os.py").write_text("# the standard library\n")
+    (image / "usr/share/guest/vmlinux").write_bytes(b"kernel")
+    linker = os.path.realpath("/lib64/ld-linux-x86-64.so.2")
+    (image / "usr/bin").mkdir()
+    shutil.copy(linker, image / "usr/lib/ld.so")
+    shutil.copy("/bin/echo", image / "usr/bin/python3.11")
+    libraries = str(Path(linker).parent)
+    (image / "usr/lib/c").symlink_to(libraries)
+    for folder in ("", "wire", "client", "guest", "images"):
+        (image / "usr/site/remora" / folder).mkdir(exist_ok=True)
+    bundle = node_bundle.Bundle(
+        id="1-abc",
+        trees=("/usr/lib/python3.11", "/usr/site/remora", "/usr/lib/c"),
+        programs={"python3": "/usr/bin/python3.11"},
+        linker="/usr/lib/ld.so",
+        libraries=("/usr/lib/c",),
+        source="/usr/site",
+        guest="/usr/share/guest",
+        guest_digest="d" * 64,
+    )
+    before = tree(root)
+    target = Node(root)
+    node_bundle.install(target, bundle, image)
+    target.write(node_bundle.guest_note(bundle, image))
+    home = root / "opt/remora/1-abc"
+    assert (home / "lib/python3.11/os.py").is_file()
+    assert json.loads((root / "var/lib/remora/guest/current.json").read_text())["kernel"].endswith("d/vmlinux")
+    # As on the node, whose root this is.
+    script = (home / "bin/python3").read_text().replace("/opt/remora", f"{root}/opt/remora")
+    ran = subprocess.run(
+        ["sh", "-c", script.partition("\n")[2], "python3", "hello"], capture_output=True, text=True, check=False
+    )
+    assert ran.stdout == "hello\n", ran.stderr
+    again = Node(root)
+    node_bundle.install(again, bundle, image)
+    assert not again.changed
+    for path in node_bundle.trees(bundle):
+        again.remove_tree(path)
+    again.remove("/var/lib/remora/guest/current.json")
+    again.remove_directories(["/opt", "/opt/remora", "/var", "/var/lib", "/var/lib/remora", "/var/lib/remora/guest"])
+    assert tree(root) == before

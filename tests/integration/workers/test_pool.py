@@ -47,6 +47,17 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     made.close()
 
 
+def test_a_spare_that_is_killed_is_replaced_before_anybody_needs_one(tmp_path: Path) -> None:
+    made = Rig(tmp_path, standby=1, backoff_most_s=0.05)
+    try:
+        made.until(lambda: len(made.pool.workers()) == 1)
+        killed = made.pool.workers()[0].pid
+        os.kill(killed, signal.SIGKILL)
+        made.until(lambda: [worker.pid for worker in made.pool.workers() if worker.pid != killed])
+    finally:
+        made.close()
+
+
 def stubborn_model() -> bytes:
     """Return a model that is one long matrix product: no stop request ends it, only a kill."""
     size = 5000

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import struct
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fake_systemd import FakeSystemd, done, error, message
 from remora.errors import UnavailableError
 from remora.kube import services
 
 BUS = {"path": "/org/freedesktop/DBus", "interface": "org.freedesktop.DBus"}
-
-
-class FakeSystemd:
-    """Takes one connection on `<root>/run/systemd/private`, and answers each call with `answer`."""
-
-    def __init__(self, root: Path, answer: bytes) -> None:
-        (root / "run/systemd").mkdir(parents=True)
-        self.calls = b""
-        self._answer = answer
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(root / "run/systemd/private"))
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        connection, _ = self._listener.accept()
-        with connection:
-            assert connection.recv(1000).startswith(b"\0AUTH EXTERNAL ")
-            connection.sendall(b"OK 1234\r\n")
-            while b"BEGIN\r\n" not in self.calls or len(self.calls) < 30:
-                self.calls += connection.recv(1000)
-            connection.sendall(self._answer)
-
-    def close(self) -> None:
-        self._thread.join(10)
-        self._listener.close()
-
-
-def message(kind: int, body: bytes = b"") -> bytes:
-    return struct.pack("<cBBBIII", b"l", kind, 0, 1, len(body), 1, 0) + body
 
 
 @pytest.fixture
@@ -94,7 +62,7 @@ def test_a_real_bus_reads_our_calls(bus: socket.socket) -> None:
 
 
 def test_containerd_is_restarted_through_systemds_socket(tmp_path: Path) -> None:
-    systemd = FakeSystemd(tmp_path, message(4) + message(2, services._string("/org/freedesktop/systemd1/job/1")))
+    systemd = FakeSystemd(tmp_path, message(4) + done(b"/org/freedesktop/systemd1/job/1"))
     assert services.reachable(tmp_path)
     services.call(tmp_path, "RestartUnit", "containerd.service", "replace")
     systemd.close()
@@ -103,7 +71,7 @@ def test_containerd_is_restarted_through_systemds_socket(tmp_path: Path) -> None
 
 
 def test_what_systemd_refuses_is_said_in_its_words(tmp_path: Path) -> None:
-    systemd = FakeSystemd(tmp_path, message(3, services._string("Unit containerd.service not found.")))
+    systemd = FakeSystemd(tmp_path, error(b"Unit containerd.service not found."))
     with pytest.raises(UnavailableError, match="not found"):
         services.call(tmp_path, "RestartUnit", "containerd.service", "replace")
     systemd.close()
@@ -115,6 +83,5 @@ def test_a_systemd_that_hangs_up_or_is_not_there_is_no_crash(tmp_path: Path) -> 
     with pytest.raises(UnavailableError, match="hung up"):
         services.call(tmp_path, "Reload")
     systemd.close()
-    os.unlink(tmp_path / "run/systemd/private")
     with pytest.raises(UnavailableError):
         services.call(tmp_path, "Reload")

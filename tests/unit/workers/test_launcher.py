@@ -96,6 +96,19 @@ def test_forbidden_user_namespaces_are_an_error_with_the_fix(tmp_path: Path, mon
     assert "confinement to 'none'" in (caught.value.fix or "")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a PID namespace: needs root")
+def test_the_bubblewrap_of_an_agent_in_a_container_is_not_swept_away() -> None:
+    worker = """exec -a bwrap python3 -c 'print("up", flush=True); input()' 'from remora.workers.'"""
+    container = ["unshare", "--pid", "--fork", "--kill-child", "bash", "-c", f"({worker} <&3) 3<&0 & wait"]
+    with subprocess.Popen(container, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        assert launcher.sweep() == 0
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
 @pytest.mark.parametrize("wrong", [{"confinement": "hope"}, {"threads": 0}, {"standby": -1}, {"arena_bytes": 4096}])
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidArgumentError):
