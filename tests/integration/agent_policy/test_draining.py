@@ -71,6 +71,22 @@ def test_a_draining_agent_finishes_what_runs_and_refuses_what_is_new(tmp_path: P
     assert drained == ([0] if how == "command" else [])
 
 
+def test_with_watch_an_exchanged_file_is_the_policy_without_a_signal(tmp_path: Path) -> None:
+    agent = AgentProcess(tmp_path, models=catalogue_directory())
+    agent.start("--watch")
+    try:
+        with Guest(agent.connect()) as guest:
+            guest.infer("identity")
+            draft = tmp_path / "new.toml"
+            draft.write_text('[defaults]\nmodels = ["other"]\n')
+            draft.rename(tmp_path / "agent.toml")
+            wait_until(lambda: "policy reloaded" in agent.log, "the policy is reloaded")
+            with pytest.raises(PermissionDeniedError, match=r"rule \[defaults\] models"):
+                guest.call("Infer", identity_request("identity"), remora_v1.InferResponse)
+    finally:
+        agent.stop()
+
+
 def test_a_reload_applies_to_open_connections_and_a_broken_file_changes_nothing(tmp_path: Path) -> None:
     agent = started(tmp_path)
     config = tmp_path / "agent.toml"

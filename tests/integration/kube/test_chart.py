@@ -46,8 +46,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "uninstall": ("installer.action=uninstall",),
     "models elsewhere": ("agent.modelsPath=/srv/models",),
 }
-#: What bubblewrap needs to give a worker a user namespace of its own, and nothing else.
-CAPABILITIES = {"SETUID", "SETGID", "SETFCAP"}
+#: What it takes to give a worker a user and a user namespace of its own, and to end it; nothing else.
+CAPABILITIES = {"SETUID", "SETGID", "SETFCAP", "KILL"}
 
 
 @pytest.fixture(scope="module")
