@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from pool_rig import slow_model
 from remora.backends.contract import Limits, Spec, Stop
 from remora.backends.noop import NoopBackend
 from remora.backends.onnx import OnnxBackend, OnnxModel, providers
@@ -37,36 +38,6 @@ def nonzero() -> bytes:
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8])],
         [helper.make_tensor_value_info("y", TensorProto.INT64, [1, "found"])],
-    )
-    model = helper.make_model(graph, opset_imports=OPSET, ir_version=8)
-    return bytes(model.SerializeToString())
-
-
-def endless() -> bytes:
-    """Return a model that loops for a very long time."""
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Add", ["v", "one"], ["v_out"])],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v", TensorProto.FLOAT, [1]),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v_out", TensorProto.FLOAT, [1]),
-        ],
-    )
-    graph = helper.make_graph(
-        [helper.make_node("Loop", ["most", "yes", "x"], ["y"], body=body)],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
-        [
-            numpy_helper.from_array(np.asarray(1 << 60), "most"),
-            numpy_helper.from_array(np.asarray(True), "yes"),
-            numpy_helper.from_array(np.ones(1, np.float32), "one"),
-        ],
     )
     model = helper.make_model(graph, opset_imports=OPSET, ir_version=8)
     return bytes(model.SerializeToString())
@@ -126,11 +97,11 @@ def test_wrong_inputs_are_named_with_what_the_model_wants(
 
 
 def test_a_run_that_does_not_end_is_stopped() -> None:
-    model, stop, outcome = load(endless()), Stop(), []
+    model, stop, outcome = load(slow_model(1 << 40)), Stop(), []
 
     def run() -> None:
         try:
-            model.run({"x": np.zeros(1, np.float32)}, ("y",), stop)
+            model.run({"input": np.zeros(1, np.float32)}, ("output",), stop)
         except CancelledError as error:
             outcome.append(error)
 
@@ -143,10 +114,10 @@ def test_a_run_that_does_not_end_is_stopped() -> None:
 
 
 def test_a_stop_before_the_run_stops_it_too() -> None:
-    model, stop = load(endless()), Stop()
+    model, stop = load(slow_model(1 << 40)), Stop()
     stop.request()
     with pytest.raises(CancelledError):
-        model.run({"x": np.zeros(1, np.float32)}, ("y",), stop)
+        model.run({"input": np.zeros(1, np.float32)}, ("output",), stop)
 
 
 def test_a_device_that_is_not_there_is_an_error_with_the_fix() -> None:
