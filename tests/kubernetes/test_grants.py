@@ -30,6 +30,11 @@ class Shares:
     cluster: Cluster
     node: Node
     agent: Agent
+    log: Path
+
+    def registrations(self) -> int:
+        """Return how often the plugin has said that a kubelet knows it."""
+        return self.log.read_text().count("is registered with the kubelet")
 
     def allocatable(self) -> str:
         return str(self.cluster.get("node", self.node.name)["status"]["allocatable"].get(RESOURCE, "none"))
@@ -84,7 +89,7 @@ def shares(binaries: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, stderr=stderr)
         try:
-            yield Shares(cluster, node, agent)
+            yield Shares(cluster, node, agent, log)
         finally:
             process.send_signal(signal.SIGTERM)
             ended = process.wait(20)
@@ -93,19 +98,9 @@ def shares(binaries: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     assert ended == 0
 
 
-def test_a_node_has_shares_while_its_agent_serves_and_after_its_kubelet_restarts(shares: Shares) -> None:
-    cluster = shares.cluster
-    cluster.wait("the node has shares", lambda: shares.allocatable() == "10")
-    shares.agent.stop()
-    cluster.wait("none without the agent", lambda: shares.allocatable() == "0")
-    shares.agent.start()
-    cluster.wait("all are back", lambda: shares.allocatable() == "10")
-    shares.node.restart("kubelet")
-    cluster.wait("a kubelet that restarts has them again", lambda: shares.allocatable() == "10")
-
-
 def test_a_pod_gets_what_it_asks_for_and_forges_nothing(shares: Shares) -> None:
     cluster = shares.cluster
+    cluster.wait("the node has shares", lambda: shares.allocatable() == "10")
     forged = {"grant.remora.dev/cpu": "0" * 32, "io.remora.label.uid": "another"}
     cluster.apply(shares.pod("three", 3, init_shares=2), shares.pod("none", 0, annotations=forged))
     for name in ("three", "none"):
@@ -118,3 +113,16 @@ def test_a_pod_gets_what_it_asks_for_and_forges_nothing(shares: Shares) -> None:
     cluster.wait("its shares go to the next", lambda: shares.runs("much"))
     assert shares.granted("much") == ["cpu 8/10"]
     cluster.kubectl("delete", "pod", "none", "much", "--wait")
+
+
+def test_a_node_has_shares_while_its_agent_serves_and_after_its_kubelet_restarts(shares: Shares) -> None:
+    cluster = shares.cluster
+    cluster.wait("the node has shares", lambda: shares.allocatable() == "10")
+    shares.agent.stop()
+    cluster.wait("none without the agent", lambda: shares.allocatable() == "0")
+    shares.agent.start()
+    cluster.wait("all are back", lambda: shares.allocatable() == "10")
+    registered = shares.registrations()
+    shares.node.restart("kubelet")
+    cluster.wait("the next kubelet is registered with", lambda: shares.registrations() > registered)
+    cluster.wait("it has them again", lambda: shares.allocatable() == "10")
