@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from remora.sha256 import hexdigest
 
 Progress = Callable[[str, float], None]
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -61,10 +62,10 @@ def _note(state_dir: Path) -> Path:
 
 def fingerprint_of(package: Path = _PACKAGE) -> str:
     """Return what changes with the sources of a `remora` package that an image was made from."""
-    state = hashlib.sha256()
+    state = b""
     for folder in ("", "wire", "client", "guest", "images"):
         for entry in sorted(os.scandir(package / folder), key=lambda entry: entry.name):
             if entry.name.endswith((".py", ".sh")):
                 info = entry.stat()
-                state.update(f"{folder}/{entry.name} {info.st_mtime_ns} {info.st_size}\n".encode())
-    return state.hexdigest()
+                state += f"{folder}/{entry.name} {info.st_mtime_ns} {info.st_size}\n".encode()
+    return hexdigest(state)

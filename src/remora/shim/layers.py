@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from remora.errors import InvalidArgumentError, UnimplementedError
+from remora.sha256 import hexdigest
 from remora.shim.tools import run
 from remora.wire.containerd import Mount
 
@@ -156,4 +156,4 @@ def _key(layers: list[str]) -> str:
         # The snapshot's own directory, too, which holds fs and work.
         for info in (os.stat(layer), os.stat(os.path.dirname(layer))):
             state += f"{info.st_dev} {info.st_ino} {info.st_ctime_ns}\n".encode()
-    return hashlib.sha256(state).hexdigest()[:40]
+    return hexdigest(state)[:40]

@@ -8,6 +8,7 @@ import socket
 import sys
 
 from remora.reactor import Reactor
+from remora.shim import memory
 from remora.shim.events import Publisher
 from remora.shim.service import TaskService
 from remora.vmm.process import name_process
@@ -26,6 +27,7 @@ def serve(listener_fd: int, path: str, bundle: str, flags: dict[str, str]) -> No
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(signum, signal.SIG_IGN)
     _raise_oom_score()
+    memory.share_arena()
     reactor = Reactor(_log)
     publisher = Publisher(os.environ.get("TTRPC_ADDRESS", ""), flags.get("namespace", "default"))
     service = TaskService(reactor, publisher, path, reactor.stop)

@@ -24,11 +24,11 @@ from remora.errors import (
     UnimplementedError,
 )
 from remora.reactor import Reactor
-from remora.shim import exits, spec, stats
+from remora.shim import exits, memory, spec, stats
 from remora.shim.events import Publisher, timestamp
 from remora.shim.pod import Pod
 from remora.shim.streams import Streams
-from remora.shim.task import Process, Task
+from remora.shim.task import Process, Task, exec_request, start_request
 from remora.wire import containerd as c
 from remora.wire import guest_pod_v1 as v1
 from remora.wire.protobuf import DecodeError, Message
@@ -180,6 +180,7 @@ class TaskService:
             raise
         task.process.pid = self.pod.pid
         self._tasks[request.id] = task
+        memory.give_back()
         io = c.TaskIO(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal)
         self._publish(
             c.TaskCreate(
@@ -221,10 +222,10 @@ class TaskService:
         self.pod.vm.in_reactor(lambda: streams.attach(socks))
         try:
             if process.exec_id:
-                self.pod.vm.pod("Exec", _exec_request(process))
+                self.pod.vm.pod("Exec", exec_request(process))
                 event: Message = c.TaskExecStarted(container_id=request.id, exec_id=process.exec_id, pid=process.pid)
             else:
-                self.pod.vm.pod("Start", _start_request(task))
+                self.pod.vm.pod("Start", start_request(task))
                 event = c.TaskStart(container_id=request.id, pid=process.pid)
         except BaseException:
             self.pod.vm.in_reactor(streams.close)
@@ -393,22 +394,3 @@ class TaskService:
 
     def _publish(self, event: Message) -> None:
         self._publisher.publish(event)
-
-
-def _start_request(task: Task) -> v1.StartRequest:
-    streams = task.process.streams
-    args = (task.config.get("process") or {}).get("args") or [""]
-    return v1.StartRequest(id=task.id, terminal=streams.terminal, stdin=bool(streams.paths[0]), command=args[0])
-
-
-def _exec_request(process: Process) -> v1.ExecRequest:
-    streams = process.streams
-    # crun takes the size of a terminal from here, and a terminal of none from a resize.
-    described = {**process.spec, "terminal": streams.terminal}
-    return v1.ExecRequest(
-        id=process.guest_id,
-        process=json.dumps(described).encode(),
-        terminal=streams.terminal,
-        stdin=bool(streams.paths[0]),
-        command=process.spec["args"][0],
-    )

@@ -18,7 +18,6 @@ io.remora.accelerator ("false": none), and io.remora.label.<name> for the agent'
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,13 +71,18 @@ def load(options: AnyMessage | None) -> Settings:
                 ) from error
     try:
         return parse(text)
-    except (tomllib.TOMLDecodeError, InvalidArgumentError, TypeError, ValueError) as error:
+    except (InvalidArgumentError, TypeError, ValueError) as error:
         raise InvalidArgumentError(f"the runtime's settings {path}: {error}") from error
 
 
 def parse(text: str) -> Settings:
-    table = tomllib.loads(text)
     settings = Settings()
+    if not text:
+        return settings
+    # Half a MiB, which a node without settings of its own saves in each pod.
+    import tomllib
+
+    table = tomllib.loads(text)
     for section, entries in table.items():
         for key, value in entries.items() if isinstance(entries, dict) else [("", entries)]:
             settings = _set(settings, f"{section}.{key}" if key else section, value)

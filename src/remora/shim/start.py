@@ -70,14 +70,12 @@ def annotation(config: bytes, key: bytes) -> str:
 
 def socket_path(address: str, namespace: str, group: str) -> str:
     """Return where a pod's server listens: the same for all of its containers, and for no other pod."""
-    try:
-        from _sha256 import sha256  # type: ignore[import-not-found]
-    except ImportError:
-        from _sha2 import sha256  # type: ignore[import-not-found]
+    from remora.sha256 import hexdigest
+
     base = posix.environ.get(b"REMORA_RUNTIME_DIR", b"/run/remora").decode() + "/shim"
     if len(base) > _MAX_DIRECTORY:
         base = "/run/containerd/s"
-    return f"{base}/{sha256(f'{address}/{namespace}/{group}'.encode()).hexdigest()}"
+    return f"{base}/{hexdigest(f'{address}/{namespace}/{group}'.encode())}"
 
 
 def _read(path: str) -> bytes:

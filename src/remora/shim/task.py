@@ -6,12 +6,14 @@ before ended, execs before the container, output before the end.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 from remora.shim.streams import Streams
 from remora.wire import containerd as c
+from remora.wire import guest_pod_v1 as v1
 
 #: What ended by a machine's end is reported with: as killed.
 KILLED = 137
@@ -79,3 +81,24 @@ class Task:
 
     def find(self, exec_id: str) -> Process | None:
         return self.execs.get(exec_id) if exec_id else self.process
+
+
+def start_request(task: Task) -> v1.StartRequest:
+    """Return what the guest is asked to start a container with."""
+    streams = task.process.streams
+    args = (task.config.get("process") or {}).get("args") or [""]
+    return v1.StartRequest(id=task.id, terminal=streams.terminal, stdin=bool(streams.paths[0]), command=args[0])
+
+
+def exec_request(process: Process) -> v1.ExecRequest:
+    """Return what the guest is asked to run beside a container."""
+    streams = process.streams
+    # crun takes the size of a terminal from here, and a terminal of none from a resize.
+    described = {**process.spec, "terminal": streams.terminal}
+    return v1.ExecRequest(
+        id=process.guest_id,
+        process=json.dumps(described).encode(),
+        terminal=streams.terminal,
+        stdin=bool(streams.paths[0]),
+        command=process.spec["args"][0],
+    )

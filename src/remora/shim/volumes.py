@@ -15,13 +15,13 @@ where the kubelet, or containerd, puts such things, and gets its counterpart in 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
 from typing import Any, NamedTuple
 
 from remora.errors import InvalidArgumentError
+from remora.sha256 import hexdigest
 from remora.wire.guest_pod_v1 import VOLUMES
 
 _KUBELET = re.compile(r"(?P<base>.*/volumes/kubernetes\.io~(?P<plugin>[a-z-]+)/[^/]+)(?P<below>/.*)?")
@@ -164,7 +164,7 @@ def _file(source: str, info: os.stat_result, *, returned: bool = False) -> Volum
 
 def _name(source: str) -> str:
     readable = re.sub(r"[^a-zA-Z0-9.]+", "-", os.path.basename(source))[:24].strip(".-")
-    return f"{readable or 'v'}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    return f"{readable or 'v'}-{hexdigest(source.encode())[:12]}"
 
 
 def _is_tmpfs(path: str) -> bool:

@@ -88,6 +88,10 @@ def test_many_pods_at_once_all_classify_and_leave_nothing(containerd: Containerd
 def test_kills_at_random_moments_leave_nothing_once_the_pod_is_removed(containerd: Containerd, agent: Agent) -> None:
     chance = random.Random(4)
     picture = photos()[0].read_bytes()
+    for number in range(PODS):
+        # There are some if the test before failed.
+        for sandbox in containerd.sandboxes(f"many-{number}"):
+            Pod(containerd.cri, sandbox).remove()
     counts: Counter[str] = Counter()
     began_s = time.monotonic()
     bystander = containerd.cri.run_pod("bystander", namespace="load")
