@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_process import wait_until
 from fleets import Node, cri
 from remora.agent.fleets.bundles import Bundles
 from remora.agent.fleets.layouts import Glob, Kata, parse_fleet
@@ -92,6 +93,8 @@ def test_a_qemu_sandbox_is_the_same_whoever_tells_of_its_cid(tmp_path: Path) -> 
     argv = ["qemu", "-c", "read line", "sh", "-name", "sandbox-s1", "-device", "vhost-vsock-pci,guest-cid=70003"]
     with subprocess.Popen(argv, executable="/bin/sh", stdin=subprocess.PIPE) as qemu:
         (monitors / "pid").write_text(f"{qemu.pid}\n")
+        # A process shows its command line a moment after its exec has succeeded.
+        wait_until(lambda: list(kata.others(set())), "the command line")
         (first,) = kata.others(set())
         node.shim("run/vc/sbs", "s1", lambda: b"vsock://70003:1024")
         (second,) = kata.others(set())

@@ -166,7 +166,7 @@ class Fleets:
             self._thread.join()
 
     def _run(self) -> None:
-        last: list[Sighting] = []
+        last: list[Sighting] | None = None  # what `start` served may be gone by the first look
         failed, told_too_many = "", False
         pause_s = self._period_s
         while not self._stop.wait(pause_s):
