@@ -81,8 +81,14 @@ class FakeInstantWorkers:
         ]
         if job.operation in ("compute", "exec"):
             result = Result(outputs=tuple(zeroes), run_us=1)
-        elif job.operation == "classify":
-            result = Result(labels=(LabelScore(0, "label", 0.5),), run_us=1)
+        elif job.operation in contract.MAPS:
+            dtype = contract.MAPS[job.operation]
+            spec = TensorSpec("map", dtype, (2, 2))
+            found = TensorView("map", dtype, (2, 2), memoryview(bytes(_size_bytes(spec))))
+            result = Result(outputs=(found,), labels=(LabelScore(0, "label", 0.0),), run_us=1)
+        elif job.operation in contract.PICTURES:
+            place = (0.5,) * contract.PLACE_NUMBERS[job.operation]
+            result = Result(labels=(LabelScore(0, "label", 0.5, place),), run_us=1)
         else:
             result = Result(outputs=job.inputs, run_us=1)
         self._reactor.call_soon(lambda: done(result))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
             raise InvalidArgumentError(
                 f"{args.output} cannot be written: {error.strerror}", fix="give another --output"
             ) from error
+    signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(128 + signum))  # the agent that it started ends, too
     plan = Plan.quick() if args.quick else Plan()
     errors = Console(stderr=True)
     host = describe_host()  # before: its load is what others did
