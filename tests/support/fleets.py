@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,18 +28,27 @@ def at(path: Path) -> tuple[str, int]:
     return f"/proc/self/fd/{directory}/{path.name}", directory
 
 
-def connect(path: Path) -> socket.socket:
+def connect(path: Path, patience_s: float = 2.0) -> socket.socket:
+    """Connect; a socket has its file a moment before somebody listens on it."""
     name, directory = at(path)
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(10.0)
+    deadline_s = time.monotonic() + patience_s
     try:
-        sock.connect(name)
-    except BaseException:
-        sock.close()
-        raise
+        while True:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(10.0)
+            try:
+                sock.connect(name)
+                return sock
+            except ConnectionRefusedError:
+                sock.close()
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.01)
+            except BaseException:
+                sock.close()
+                raise
     finally:
         os.close(directory)
-    return sock
 
 
 def listen(path: Path) -> socket.socket:
