@@ -167,7 +167,7 @@ def test_the_autoscaler_follows_the_load_up_and_down_and_no_answer_is_wrong_or_l
 
 
 def test_uninstalled_the_node_is_as_it_was(installed: Cluster, before: tuple[set[str], set[str], str]) -> None:
-    installed.kubectl("delete", "hpa,deployment,service", "classify")
+    installed.kubectl("delete", "hpa,deployment,service", "classify", "--ignore-not-found")
     installed.wait("no pods", lambda: not installed.get("pods", "-l", "app=classify")["items"])
     pods, files, config = before
     node = installed.nodes[0]
