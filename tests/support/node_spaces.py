@@ -78,8 +78,13 @@ class NodeSpaces:
 
     def written(self) -> set[str]:
         """Return the files of the node that are not the host's, but for what kubelet and CNI keep below /var/lib."""
-        files = {f"/{path.relative_to(self._upper)}" for path in self._upper.rglob("*")}
-        files |= {f"{_STATE}/{path}" for path in self.run("find", _STATE, "-xdev", "-printf", "%P\n").split("\n")}
+        # Not by glob, which fails where files go meanwhile.
+        found = [Path(folder, name) for folder, _, names in os.walk(self._upper) for name in names]
+        files = {f"/{path.relative_to(self._upper)}" for path in found}
+        files |= {
+            f"{_STATE}/{path}"
+            for path in self.run("find", _STATE, "-xdev", "!", "-type", "d", "-printf", "%P\n").split("\n")
+        }
         return {file for file in files if not file.startswith(("/var/lib/kubelet", "/var/lib/cni"))}
 
     def mounts(self) -> list[str]:
