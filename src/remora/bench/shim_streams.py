@@ -17,6 +17,7 @@ from collections import deque
 from pathlib import Path
 
 from remora.bench.shims import Bundles, Shim
+from remora.errors import UnavailableError
 from remora.reactor import Reactor
 from remora.shim.streams import Streams
 from remora.vmm.bridge import Bridge
@@ -26,14 +27,29 @@ from remora.wire.guest_v1 import STDIO_PORT
 
 _BLOCK = bytes(65536)
 _MIB = 1 << 20
+_PATIENCE_S = 120.0
 
 
 def drain(fifo: int, size: int) -> float:
-    """Read `size` bytes; returns seconds from the first to the last."""
-    seen, begin = 0, 0.0
+    """Read `size` bytes; returns seconds from the first to the last.
+
+    Raises:
+        UnavailableError: they did not come.
+    """
+    seen, begin, deadline_s = 0, 0.0, time.perf_counter() + _PATIENCE_S
     while seen < size:
-        seen += len(os.read(fifo, _MIB))
-        begin = begin or time.perf_counter()
+        select.select([fifo], [], [], 1.0)
+        try:
+            data = os.read(fifo, _MIB)
+        except BlockingIOError:
+            data = b""
+        if not data:
+            # Nobody has opened the other end yet; to ask without a pause would take a processor from who is about to.
+            time.sleep(0.001)
+        seen += len(data)
+        begin = begin or (time.perf_counter() if data else 0.0)
+        if time.perf_counter() > deadline_s:
+            raise UnavailableError(f"{seen} of {size} bytes of output came within {_PATIENCE_S:.0f} s")
     return time.perf_counter() - begin
 
 
@@ -43,7 +59,6 @@ def through(program: Path, bundles: Bundles, runtime_dir: Path, mib: int, kind: 
     fifo = bundle / "stdout"
     os.mkfifo(fifo, 0o600)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    os.set_blocking(reader, True)
     try:
         with Shim(program, bundle, runtime_dir) as shim:
             shim.start()
@@ -59,7 +74,6 @@ def through_ours(mib: int) -> float:
         directory = Path(name)
         os.mkfifo(directory / "stdout", 0o600)
         reader = os.open(directory / "stdout", os.O_RDONLY | os.O_NONBLOCK)
-        os.set_blocking(reader, True)
         ours, guests = socket.socketpair()
         shim_pid = _forked(lambda: _shim(ours, directory), guests)
         guest_pid = _forked(lambda: _guest(guests, mib * _MIB), ours)
