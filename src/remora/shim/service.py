@@ -21,6 +21,7 @@ from remora.errors import (
     InvalidArgumentError,
     NotFoundError,
     RemoraError,
+    UnavailableError,
     UnimplementedError,
 )
 from remora.reactor import Reactor
@@ -34,6 +35,8 @@ from remora.wire import guest_pod_v1 as v1
 from remora.wire.protobuf import DecodeError, Message
 from remora.wire.ttrpc.calls import Call
 
+#: What shells say of a command that could not be executed.
+_NOT_EXECUTED = 127
 _GONE = "process already finished: not found"
 #: A container that was killed may not delay the deletion of its pod.
 _REMOVE_S = 10.0
@@ -232,6 +235,7 @@ class TaskService:
             if task.role == "single":
                 # Whoever made it may never ask for it again (`ctr run` does not), and its microVM is of no use.
                 self.pod.close()
+                self._reactor.post(lambda: self._exits.never_started(task, _NOT_EXECUTED))
             raise
         self._started(process, event)
         self._exits.watch(task, process)
@@ -307,7 +311,8 @@ class TaskService:
             self._set_frozen(task, False)
         try:
             self.pod.vm.guest.signal(process.guest_id, request.signal, everything=request.all)
-        except NotFoundError as error:
+        except (NotFoundError, UnavailableError) as error:
+            # Its microVM has ended in this moment, too: the exit is on its way, and who stops a pod goes on by this.
             raise NotFoundError(_GONE) from error
         return c.Empty()
 
