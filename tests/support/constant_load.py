@@ -5,7 +5,7 @@ What may happen to a request, and how it is counted:
 * *right* or *wrong*: an answer (status 200) came.
 * *turned away*: it was never accepted, so the client sends it again. Either no connection came about or it was closed
   before the request was sent in full (no pod is ready, or one has just ended), or the service said 503 because its
-  accelerator was away.
+  accelerator was away, or 429 because the pod has used its grant.
 * *lost*: it was sent in full and no answer came, or another status. There must be none.
 
 A request ends only with an answer, so nothing that was turned away is forgotten.
@@ -141,8 +141,8 @@ class ConstantLoad:
                 raise TurnedAway("closed") from None
             answer = connection.getresponse()
             body = answer.read()
-            if answer.status == 503:
-                raise TurnedAway("503")
+            if answer.status in (429, 503):
+                raise TurnedAway(str(answer.status))
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}: {body[:200]!r}")
             return int(json.loads(body)["labels"][0][0])
