@@ -29,14 +29,12 @@ from remora.shim import exits, memory, spec, stats
 from remora.shim.events import Publisher, timestamp
 from remora.shim.pod import Pod
 from remora.shim.streams import Streams
-from remora.shim.task import Process, Task, exec_request, start_request
+from remora.shim.task import NOT_EXECUTED, Process, Task, exec_request, start_request
 from remora.wire import containerd as c
 from remora.wire import guest_pod_v1 as v1
 from remora.wire.protobuf import DecodeError, Message
 from remora.wire.ttrpc.calls import Call
 
-#: What shells say of a command that could not be executed.
-_NOT_EXECUTED = 127
 _GONE = "process already finished: not found"
 #: A container that was killed may not delay the deletion of its pod.
 _REMOVE_S = 10.0
@@ -235,7 +233,7 @@ class TaskService:
             if task.role == "single":
                 # Whoever made it may never ask for it again (`ctr run` does not), and its microVM is of no use.
                 self.pod.close()
-                self._reactor.post(lambda: self._exits.never_started(task, _NOT_EXECUTED))
+                self._reactor.post(lambda: self._exits.never_started(task, NOT_EXECUTED))
             raise
         self._started(process, event)
         self._exits.watch(task, process)

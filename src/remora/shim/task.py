@@ -17,6 +17,8 @@ from remora.wire import guest_pod_v1 as v1
 
 #: What ended by a machine's end is reported with: as killed.
 KILLED = 137
+#: What shells say of a command that could not be executed.
+NOT_EXECUTED = 127
 
 
 class Process:

@@ -10,21 +10,11 @@ import pytest
 
 from containerd_process import Containerd
 from cri_client import Pod
-from pod_agent import IMAGE, Agent, add_service_image, classify, photos
+from pod_agent import IMAGE, Agent, classify, photos
 from remora.agent import status
 from remora.wire import control_v1
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def agent(containerd: Containerd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
-    scratch = tmp_path_factory.mktemp("agent")
-    add_service_image(containerd, scratch)
-    one = Agent(containerd, scratch / "state")
-    one.start()
-    yield one
-    one.stop()
 
 
 @pytest.fixture(scope="module")

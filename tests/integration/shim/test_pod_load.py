@@ -13,14 +13,14 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from containerd_process import Containerd
 from cri_client import CriError, Pod
-from pod_agent import IMAGE, Agent, Caller, add_service_image, photos
+from pod_agent import IMAGE, Agent, Caller, photos
 from pod_leftovers import leftovers, netns_of, of_all_pods, proportional_kib, record, wait_until
 
 PODS = int(os.environ.get("REMORA_TEST_PODS", "3"))
@@ -31,16 +31,6 @@ VICTIMS = ("agent", "shim", "machine", "containerd")
 #: The last kills come while the pod has been answering for a while.
 LATEST_S = 12.0
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120 + 60 * PODS + 120 * FAULTS)]
-
-
-@pytest.fixture(scope="module")
-def agent(containerd: Containerd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
-    scratch = tmp_path_factory.mktemp("agent")
-    add_service_image(containerd, scratch)
-    one = Agent(containerd, scratch / "state")
-    one.start()
-    yield one
-    one.stop()
 
 
 def test_many_pods_at_once_all_classify_and_leave_nothing(containerd: Containerd, agent: Agent) -> None:
