@@ -198,7 +198,8 @@ def test_pictures_of_several_tenants_are_one_run_and_each_gets_its_own_labels(cl
         ("green", picture("green")),
         ("blue", picture("blue", "BMP", (8, 8))),
     ]
-    alone = [classifier.run(classify(image)) for _colour, image in images]
+    # Each by its tenant: a worker that was started again meanwhile has nobody's arena.
+    alone = [classifier.run(classify(image, tenant)) for (_, image), tenant in zip(images, "abcd", strict=True)]
     boxes = together(
         classifier,
         [classify(image, tenant, top) for (_, image), tenant, top in zip(images, "abcd", (1, 2, 3, 3), strict=True)],
