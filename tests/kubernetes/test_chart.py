@@ -28,28 +28,34 @@ IMAGE = ROOT / "build" / "remora-agent.tar"
 NAMESPACE = "remora"
 #: The nodes here have no systemd, so containerd is started anew by the test, where the chart would do it.
 VALUES = ("installer.restart=false", "autoscaling.enabled=true", "autoscaling.window=15", "agent.drainSeconds=5")
-#: Any load at all is enough for six pods of 0.03 requests per second each, also on a machine that is busy otherwise.
-AUTOSCALER = {
-    "apiVersion": "autoscaling/v2",
-    "kind": "HorizontalPodAutoscaler",
-    "metadata": {"name": "classify", "namespace": "default"},
-    "spec": {
-        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "classify"},
-        "minReplicas": 1,
-        "maxReplicas": 6,
-        # Pods that start take processors from those that answer: no reason to end them again.
-        "behavior": {"scaleDown": {"stabilizationWindowSeconds": 30}},
-        "metrics": [
-            {
-                "type": "Pods",
-                "pods": {
-                    "metric": {"name": "remora_requests_per_second"},
-                    "target": {"type": "AverageValue", "averageValue": "30m"},
-                },
-            }
-        ],
-    },
-}
+#: Any load at all is enough for six pods of 0.03 requests per second each, also on a machine that is busy otherwise,
+#: and no load is enough for a second pod of a thousand.
+BUSY, QUIET = "30m", "1000"
+
+
+def autoscaler(per_pod: str) -> dict[str, Any]:
+    """A HorizontalPodAutoscaler of 1 to 6 pods by requests per second of each."""
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "classify", "namespace": "default"},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "classify"},
+            "minReplicas": 1,
+            "maxReplicas": 6,
+            # Pods that start take processors from those that answer: no reason to end them again.
+            "behavior": {"scaleDown": {"stabilizationWindowSeconds": 30}},
+            "metrics": [
+                {
+                    "type": "Pods",
+                    "pods": {
+                        "metric": {"name": "remora_requests_per_second"},
+                        "target": {"type": "AverageValue", "averageValue": per_pod},
+                    },
+                }
+            ],
+        },
+    }
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +157,17 @@ def test_the_autoscaler_follows_the_load_up_and_down_and_no_answer_is_wrong_or_l
     def replicas() -> int:
         return len(installed.ready_pods("app=classify"))
 
-    installed.apply(AUTOSCALER)
+    installed.apply(autoscaler(BUSY))
     began_s = time.monotonic()
     with ConstantLoad((address, 80), known_answers(address), clients=3) as load:
         installed.wait("six pods under load", lambda: replicas() == 6, 420)
-        up_s = time.monotonic() - began_s
+        print(f"\nautoscaler 1 -> 6: {time.monotonic() - began_s:.1f} s; {load.lap()}")
         assert len(installed.nodes[0].microvms()) == 6
-    print(f"\nautoscaler 1 -> 6: {up_s:.1f} s; {load.total}")
-    began_s = time.monotonic()
-    installed.wait("one pod without load", lambda: replicas() == 1, 240)
-    print(f"autoscaler 6 -> 1: {time.monotonic() - began_s:.1f} s")
+        began_s = time.monotonic()
+        installed.apply(autoscaler(QUIET))
+        installed.wait("one pod under load", lambda: replicas() == 1, 240)
+        print(f"autoscaler 6 -> 1: {time.monotonic() - began_s:.1f} s; {load.lap()}")
+        installed.wait("one microVM", lambda: len(installed.nodes[0].microvms()) == 1)
     assert load.total.wrong == []
     assert load.total.lost == []
     assert load.total.right
