@@ -8,7 +8,7 @@ manifest goes first. Until something is known, requests run one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from remora.agent.notebook import Facts, Notebook
 from remora.agent.operations import INFER, Operation
@@ -129,10 +129,10 @@ class Tuning:
 
     def loaded(self, lane: Lane, source: ModelSource, spec: ModelSpec, load_s: float) -> None:
         """A model is loaded: decide how it is run, or have it measured soon."""
-        said = source.manifest.get("batching", {})
-        key = f"{source.digest} {spec.device} {spec.backend} {self._settings.threads} threads"
+        each, threads = source.run_threads(self._settings.threads), self._settings.threads
+        key = f"{source.digest} {spec.device} {spec.backend} {threads} threads{f', {each} a run' if each > 1 else ''}"
         facts = self._notebook.get(lane[0], key, kept=lane[0] == SHARED)
-        self._adopt(lane, spec, said, facts.measurement if facts is not None else None)
+        self._adopt(lane, spec, source, facts.measurement if facts is not None else None)
         if (facts is None or not facts.tried) and self._settings.calibrate_ms and spec.inputs:
             one = [(1, *tensor.shape[1:]) if takes_rows(spec) else tensor.shape for tensor in spec.inputs]
             shapes = one if all(min(shape, default=0) >= 0 for shape in one) else None
@@ -180,7 +180,7 @@ class Tuning:
             if found is not None and waiting.spec.device == "cpu":
                 memory_bytes = max(memory_bytes, found.memory_bytes)
                 self.on_memory(lane, memory_bytes)
-            self._adopt(lane, waiting.spec, waiting.source.manifest.get("batching", {}), found)
+            self._adopt(lane, waiting.spec, waiting.source, found)
             tried = not isinstance(outcome, CancelledError | NotFoundError)
             self._note(lane, waiting.key, Facts(waiting.source.digest, found, tried, memory_bytes, waiting.load_s))
 
@@ -189,8 +189,12 @@ class Tuning:
     def _note(self, lane: Lane, key: str, facts: Facts) -> None:
         self._notebook.put(lane[0], key, facts, kept=lane[0] == SHARED)
 
-    def _adopt(self, lane: Lane, spec: ModelSpec, said: Mapping[str, float], found: Measurement | None) -> None:
+    def _adopt(self, lane: Lane, spec: ModelSpec, source: ModelSource, found: Measurement | None) -> None:
+        said: Mapping[str, float] = source.manifest.get("batching", {})
         plan = choose(found, spec.device, self._settings.threads) if found is not None else ALONE
+        each = source.run_threads(self._settings.threads)
+        if each > 1 and spec.device == "cpu":  # as many at once as there is room for, whatever gains a little more
+            plan = replace(plan, concurrent=self._settings.threads // each)
         if found is not None:
             self.seed(lane, found.curve)
         rows = int(said.get("rows", plan.rows)) if takes_rows(spec) else 1

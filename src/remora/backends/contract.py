@@ -111,8 +111,8 @@ class Backend(Protocol):
     #: Of what runs the models: measurements are kept by it.
     version: str
 
-    def load(self, data: bytes, device: str, limits: Limits) -> LoadedModel:
-        """Vet and load a model file for `auto`, `cpu` or `cuda:N`.
+    def load(self, data: bytes, device: str, limits: Limits, threads: int = 1) -> LoadedModel:
+        """Vet and load a model file for `auto`, `cpu` or `cuda:N`; one run on a CPU takes so many threads.
 
         Raises:
             InvalidArgumentError: the file is no model of this format, or asks for something that is not allowed.

@@ -32,5 +32,5 @@ class NoopBackend:
 
     name = "noop"
 
-    def load(self, data: bytes, device: str, limits: Limits) -> NoopModel:
+    def load(self, data: bytes, device: str, limits: Limits, threads: int = 1) -> NoopModel:
         return NoopModel()

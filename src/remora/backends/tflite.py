@@ -30,8 +30,9 @@ class TfliteModel:
 
     device = "cpu"
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, threads: int) -> None:
         self._data = data
+        self._threads = threads
         first = self._interpreter()
         self.inputs = tuple(_spec(detail) for detail in first.get_input_details())
         self.outputs = tuple(_spec(detail) for detail in first.get_output_details())
@@ -45,7 +46,7 @@ class TfliteModel:
 
     def _interpreter(self) -> Any:
         try:
-            interpreter = Interpreter(model_content=self._data, num_threads=1)
+            interpreter = Interpreter(model_content=self._data, num_threads=self._threads)
             interpreter.allocate_tensors()
         except (ValueError, RuntimeError, MemoryError) as error:
             raise _refused("load", error) from error
@@ -123,9 +124,9 @@ class TfliteBackend:
     name = "tflite"
     version = f"litert {_installed_version()}"
 
-    def load(self, data: bytes, device: str, limits: Limits) -> TfliteModel:
+    def load(self, data: bytes, device: str, limits: Limits, threads: int = 1) -> TfliteModel:
         if len(data) > limits.model_bytes:
             raise InvalidArgumentError(f"the model file has {len(data)} bytes, {limits.model_bytes} are allowed")
         if data[MAGIC_AT : MAGIC_AT + len(MAGIC)] != MAGIC:
             raise InvalidArgumentError("the file is not a TensorFlow Lite model", fix="upload a .tflite file")
-        return TfliteModel(data)
+        return TfliteModel(data, threads)

@@ -113,7 +113,7 @@ class TorchBackend:
     def __init__(self) -> None:
         torch.set_num_threads(1)  # as with ONNX: requests run beside one another instead
 
-    def load(self, data: bytes, device: str, limits: Limits) -> TorchModel:
+    def load(self, data: bytes, device: str, limits: Limits, threads: int = 1) -> TorchModel:
         if len(data) > limits.model_bytes:
             raise InvalidArgumentError(f"the model file has {len(data)} bytes, {limits.model_bytes} are allowed")
         if not data.startswith(MAGIC):

@@ -6,6 +6,7 @@ the work.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from remora.backends.contract import Array, Limits, Stop
@@ -23,7 +24,9 @@ class LocalModel:
 
     def __init__(self, source: ModelSource, *, device: str = "auto") -> None:
         self._limits = Limits()
-        self.model = backend_for(source.format).load(source.path.read_bytes(), device, self._limits)
+        self.model = backend_for(source.format).load(
+            source.path.read_bytes(), device, self._limits, source.run_threads(len(os.sched_getaffinity(0)))
+        )
         self._labels: Sequence[str] = source.manifest.get("labels", ())
         self._pictures = picture_task(source.task, self.model, source.manifest, len(self._labels))
 

@@ -121,8 +121,8 @@ def _tensors(given: object, key: str, where: str) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-#: Key of `[batching]` -> most; each is a number from 0 (rows: 1) on.
-_BATCHING: dict[str, int] = {"rows": 1024, "wait_ms": 1000, "concurrent": 64}
+#: Key of `[batching]` -> most; each is a number from 0 (rows and threads: 1) on.
+_BATCHING: dict[str, int] = {"rows": 1024, "wait_ms": 1000, "concurrent": 64, "threads": 64}
 
 
 def check_batching(table: Mapping[str, Any], where: str) -> None:
@@ -136,7 +136,7 @@ def check_batching(table: Mapping[str, Any], where: str) -> None:
             raise InvalidArgumentError(
                 f"{where}: [batching] has no key {key!r}", fix=f"the keys are {', '.join(_BATCHING)}"
             )
-        least = 1 if key == "rows" else 0
+        least = 1 if key in ("rows", "threads") else 0
         number = type(value) is int or (type(value) is float and key == "wait_ms")
         if not number or not least <= value <= _BATCHING[key]:
             raise InvalidArgumentError(
@@ -171,6 +171,10 @@ def _check(manifest: Manifest, where: str) -> None:
         if getattr(manifest, table) and ANSWERS.get(manifest.task) != table:
             own = f"has [{ANSWERS[manifest.task]}]" if manifest.task in ANSWERS else "has no such table"
             raise InvalidArgumentError(f"{where}: [{table}] is not for {manifest.task}, which {own}")
+    if manifest.format == "torchscript" and manifest.batching.get("threads", 1) > 1:
+        raise InvalidArgumentError(
+            f"{where}: a TorchScript model runs on one thread", fix="leave out [batching] threads"
+        )
     if manifest.format == "torchscript" and not manifest.sha256:
         raise InvalidArgumentError(
             f"{where}: a TorchScript file is a program, so its manifest must pin it",

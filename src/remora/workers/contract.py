@@ -65,6 +65,10 @@ class ModelSource:
     #: Of a library: digest and file of the libraries that are loaded before it.
     needs: tuple[tuple[str, Path], ...] = ()
 
+    def run_threads(self, most: int) -> int:
+        """Return how many threads one run takes on a CPU: as the manifest says, and no more than there are."""
+        return min(most, int(self.manifest.get("batching", {}).get("threads", 1)))
+
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -121,7 +121,7 @@ class Worker:
         if f"sha256:{hashlib.sha256(data).hexdigest()}" != message["digest"]:
             raise DataLossError(f"the file of model {key} is not the one with digest {message['digest']}")
         backend = backend_for(message["format"])
-        model = backend.load(data, self._device, self._limits)
+        model = backend.load(data, self._device, self._limits, message["threads"])
         task = message["task"]
         pictures: PictureTask | None = None
         if task != "tensor":

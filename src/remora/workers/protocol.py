@@ -5,7 +5,7 @@ socket each: every job thread of a worker receives from the job socket itself (t
 thread, so there is no dispatcher between), and a cancel still arrives when all of them are busy.
 
 control, agent -> worker       assign{shared, memory, threads, device}  arena{id, size}+fd  drop{id}
-                               load{m, key, format, digest, task, manifest, classes}+fd  unload{m}
+                               load{m, key, format, digest, task, manifest, classes, threads}+fd  unload{m}
                                load{m, key, format, digests}              a library: its files are at library_path(n)
                                measure{m, shapes, most, ms}
                                cancel{id}  block{id, b, off, len}         answer to `need`; len 0: refused

@@ -124,7 +124,9 @@ class Residents:
         model.base_bytes, model.grown_bytes = memory_bytes(process.pid), 0
         manifest = {key: value for key, value in source.manifest.items() if key not in ("labels", "batching")}
         classes = len(source.manifest.get("labels", ()))  # their names stay here
-        message = {"t": "load", "m": model.number, "key": source.key, "format": source.format, "digest": source.digest}
+        message: Message = {"t": "load", "m": model.number, "key": source.key, "format": source.format}
+        message["digest"] = source.digest
+        message["threads"] = source.run_threads(self._settings.threads)
         process.tell({**message, "task": source.task, "manifest": manifest, "classes": classes}, fd)
 
     def _end_load(self, process: WorkerProcess, model: Resident) -> None:

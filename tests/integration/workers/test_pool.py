@@ -509,3 +509,17 @@ def test_without_confinement_it_works_too(tmp_path: Path) -> None:
         result.release()
     finally:
         rig.close()
+
+
+def test_a_run_takes_as_many_threads_as_the_operator_says(rig: Rig) -> None:
+    assert isinstance(rig.load(SHARED, rig.source("one", identity({}))), ModelSpec)
+    process = psutil.Process(rig.worker().pid)
+    rig.until(lambda: process.num_threads() == 3)  # for control and two for jobs; the one that loaded is gone
+    many = rig.source("many", identity({}), manifest={"batching": {"threads": 64}})
+    assert isinstance(rig.load(SHARED, many), ModelSpec)
+    rig.until(lambda: process.num_threads() == 4)  # two are enough here, and one of them is the caller's
+    array = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
+    answer = rig.run(infer(array, "many"))
+    assert isinstance(answer, Result)
+    assert np.frombuffer(answer.outputs[0].data, np.float32).tolist() == array.ravel().tolist()
+    answer.release()

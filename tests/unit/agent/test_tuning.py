@@ -237,6 +237,17 @@ def test_the_operators_word_goes_first(bench: Bench) -> None:
     assert bench.plan() == ALONE, "a model without an open first axis takes one request at a time"
 
 
+def test_of_runs_with_several_threads_as_many_are_at_once_as_there_is_room_for(bench: Bench) -> None:
+    bench.load(threads=2)
+    assert bench.plan() == Plan(concurrent=1)
+    bench.tuning.forget(LANE)
+    bench.load(threads=64)
+    assert bench.plan() == Plan(concurrent=1), "no more threads than the worker may compute with"
+    bench.tuning.forget(LANE)
+    bench.load(threads=2, concurrent=2)
+    assert bench.plan() == Plan(concurrent=2), "the operator's word goes first"
+
+
 def test_uploads_without_end_are_measured_a_small_part_of_the_time(bench: Bench) -> None:
     for name in ("a", "b"):
         bench.load(("tenant", name))
