@@ -34,8 +34,12 @@ def number(container: str, name: str) -> int:
 
 def table(container: str, name: str) -> Dict[str, int]:
     """Return a file of `key value` lines."""
+    return parse(_read(container, name))
+
+
+def parse(text: str) -> Dict[str, int]:
     found = {}
-    for line in _read(container, name).splitlines():
+    for line in text.splitlines():
         key, _, value = line.partition(" ")
         if value.isdigit():
             found[key] = int(value)

@@ -53,6 +53,8 @@ class Container:
         self._processes: Dict[str, Running] = {}
         self._ended: Deque[Running] = deque()
         self._counter = 0
+        #: What its group counted before it was started: more than 0 only where one of that name was not quite gone.
+        self.kills_before = 0
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -99,6 +101,10 @@ class Container:
         running = self._processes[process_id] = Running(process_id, stdio, process_id == self.name)
         base = self._base()
         self._counter += 1
+        # Before the process runs: it may meet its limit before crun has ended.
+        kills_before = cgroup.oom_kills(self.name)
+        if running.first:
+            self.kills_before = kills_before
         argv = [*CRUN, "--log", base + ".log", *action, "--detach", "--pid-file", base + ".pid"]
         # A Unix path holds 107 bytes, and a container's name may have 76 of them.
         console = Console(self._reactor, f"{BASE}/{id(running):x}.tty", stdio) if stdio.terminal else None
@@ -112,7 +118,7 @@ class Container:
             if console is not None:
                 console.close()
             try:
-                error = self._launched(running, base, command, status)
+                error = self._launched(running, base, command, status, kills_before)
             finally:
                 self._children.started()
             done(error)
@@ -120,7 +126,9 @@ class Container:
         self._children.when_ended(pid, crun_ended)
         return running
 
-    def _launched(self, running: Running, base: str, command: str, status: int) -> Optional[RemoraError]:
+    def _launched(
+        self, running: Running, base: str, command: str, status: int, kills_before: int
+    ) -> Optional[RemoraError]:
         pid_text = ""
         if status == 0:
             pid_text = system.read_text(base + ".pid").strip()
@@ -138,13 +146,13 @@ class Container:
             return start_error(command, log, status)
         running.pid = int(pid_text)
         running.stdio.on_interrupt = running.interrupted
-        kills = cgroup.oom_kills(self.name)
 
         def ended(exit_status: int) -> None:
             if running.first:
                 # In a PID namespace of its own the kernel has done so already.
                 cgroup.kill(self.name)
-            running.ended(exit_status, exit_status == 128 + signal.SIGKILL and cgroup.oom_kills(self.name) > kills)
+            kills = cgroup.oom_kills(self.name) - kills_before
+            running.ended(exit_status, exit_status == 128 + signal.SIGKILL and kills > 0, kills)
             running.when_finished(lambda: self._forget_oldest(running))
 
         self._children.when_ended(running.pid, ended)

@@ -116,7 +116,11 @@ class Control:
 
         def finished() -> None:
             # A second answer is none.
-            call.respond(WaitResponse(exit_status=running.exit_status or 0, oom_killed=running.oom_killed))
+            call.respond(
+                WaitResponse(
+                    exit_status=running.exit_status or 0, oom_killed=running.oom_killed, oom_kills=running.oom_kills
+                )
+            )
 
         def bound() -> None:
             self._reactor.call_later(request.drain_s, finished)

@@ -8,6 +8,7 @@ from remora.errors import FailedPreconditionError, InvalidArgumentError, Unimple
 from remora.guest import cgroup, files, network, pod_roots, rootfs, system
 from remora.guest.container import CRUN, start_error
 from remora.guest.containers import MAIN
+from remora.guest.oom import OomWatch
 from remora.guest.stdio import Stdio
 from remora.wire import guest_pod_v1 as v1
 from remora.wire.guest_v1 import Empty, StartResponse
@@ -35,6 +36,7 @@ class Pod:
         self._containers = containers
         self._roots = pod_roots.Roots()
         self._pause_pid = 0
+        self._ooms = OomWatch(reactor)
         self._methods: Dict[str, Callable[[Call, Any], None]] = {
             "Configure": self._configure,
             "Create": self._create,
@@ -46,6 +48,7 @@ class Pod:
             "Update": self._update,
             "Stats": self._stats,
             "Pids": self._pids,
+            "OomKills": self._oom_kills,
             "PutFiles": self._put_files,
             "GetFile": self._get_file,
         }
@@ -112,7 +115,13 @@ class Pod:
         container.check(request.id)
         stdio = Stdio(self._reactor, terminal=request.terminal, stdin=request.stdin)
         answer = _Answer(call)
-        answer.running = container.run(stdio, request.command, answer.started)
+
+        def started(error: Optional[RemoraError]) -> None:
+            if error is None:
+                self._ooms.watch(container.name, container.kills_before)
+            answer.started(error)
+
+        answer.running = container.run(stdio, request.command, started)
 
     def _exec(self, call: Call, request: v1.ExecRequest) -> None:
         container_id, _, exec_id = request.id.partition("/")
@@ -132,6 +141,7 @@ class Pod:
 
         def deleted(_status: int) -> None:
             self._containers.remove(container)
+            self._ooms.forget(container.name)
             cgroup.remove(container.name)
             call.respond(v1.RemoveResponse(released=self._roots.unmount(container.name)))
 
@@ -192,6 +202,9 @@ class Pod:
 
     def _pids(self, call: Call, request: v1.ContainerRequest) -> None:
         call.respond(v1.PidsResponse(pids=cgroup.pids(self._containers.get(request.id).name)))
+
+    def _oom_kills(self, call: Call, request: v1.OomKillsRequest) -> None:
+        self._ooms.answer(call, request.seen)
 
 
 class _Answer:

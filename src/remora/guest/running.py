@@ -31,6 +31,10 @@ class Running:
         self.pid = 0
         self.exit_status: Optional[int] = None
         self.oom_killed = False
+        #: Kills for want of memory in its container while it ran.
+        self.oom_kills = 0
+        #: The host has had it killed.
+        self.killed = False
         #: Set when PID 1 ends it in place of a signal that the kernel would have dropped.
         self.ended_by = 0
         self._waiters: List[Callable[[], None]] = []
@@ -55,9 +59,11 @@ class Running:
         else:
             self._end_waiters.append(callback)
 
-    def ended(self, status: int, oom_killed: bool) -> None:
+    def ended(self, status: int, oom_killed: bool, oom_kills: int) -> None:
         self.exit_status = 128 + self.ended_by if self.ended_by and status == 128 + signal.SIGKILL else status
-        self.oom_killed = oom_killed
+        # A child may have been the victim, long ago; this one was killed by request.
+        self.oom_killed = oom_killed and not self.killed
+        self.oom_kills = oom_kills
         waiters, self._end_waiters = self._end_waiters, []
         for waiter in waiters:
             waiter()
@@ -71,6 +77,7 @@ class Running:
         if self.first and number not in _HARMLESS and not _handles(self.pid, number):
             self.ended_by = number
             number = signal.SIGKILL
+        self.killed = self.killed or number == signal.SIGKILL
         kill_if_there(self.pid, number)
 
     def interrupted(self, group: int, number: int) -> None:

@@ -40,6 +40,11 @@ class Publisher:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def waiting(self) -> int:
+        """Events that containerd has not taken yet."""
+        return self._queue.qsize()
+
     def publish(self, event: Message) -> None:
         """Queue an event; never blocks."""
         envelope = Envelope(

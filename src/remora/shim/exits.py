@@ -12,6 +12,7 @@ import time
 from remora.errors import RemoraError
 from remora.reactor import Reactor
 from remora.shim.events import Publisher, timestamp
+from remora.shim.oom import OomEvents
 from remora.shim.pod import Pod
 from remora.shim.task import KILLED, Process, Task
 from remora.wire import containerd as c
@@ -25,10 +26,11 @@ _MOST_STATUS = 255
 class Exits:
     """Reactor's thread only, but for `watch`."""
 
-    def __init__(self, reactor: Reactor, publisher: Publisher, pod: Pod) -> None:
+    def __init__(self, reactor: Reactor, publisher: Publisher, pod: Pod, ooms: OomEvents) -> None:
         self._reactor = reactor
         self._publisher = publisher
         self._pod = pod
+        self._ooms = ooms
 
     def watch(self, task: Task, process: Process) -> None:
         """Wait for the end of a process that has been started, in a thread of its own."""
@@ -36,10 +38,10 @@ class Exits:
         thread.start()
 
     def _wait(self, task: Task, process: Process) -> None:
-        status, oom_killed = KILLED, False
+        status, oom_kills = KILLED, 0
         try:
             ended = self._pod.vm.guest.wait(process.guest_id, drain_s=DRAIN_S)
-            oom_killed = ended.oom_killed
+            oom_kills = ended.oom_kills
             if 0 <= ended.exit_status <= _MOST_STATUS:  # a guest may say anything
                 status = ended.exit_status
             process.exited_ns = time.time_ns()
@@ -47,13 +49,13 @@ class Exits:
                 self._pod.bring_back(task)
         except RemoraError:
             pass  # the guest is gone, and its processes with it
-        self._reactor.post(lambda: self._ended(task, process, status, oom_killed))
+        self._reactor.post(lambda: self._ended(task, process, status, oom_kills))
 
-    def _ended(self, task: Task, process: Process, status: int, oom_killed: bool) -> None:
+    def _ended(self, task: Task, process: Process, status: int, oom_kills: int) -> None:
         process.exited_ns = process.exited_ns or time.time_ns()
-        process.streams.when_drained(lambda: self._drained(task, process, status, oom_killed), DRAIN_S)
+        process.streams.when_drained(lambda: self._drained(task, process, status, oom_kills), DRAIN_S)
 
-    def _drained(self, task: Task, process: Process, status: int, oom_killed: bool) -> None:
+    def _drained(self, task: Task, process: Process, status: int, oom_kills: int) -> None:
         if process.exec_id:
             self._tell(process, status)
             return
@@ -65,8 +67,7 @@ class Exits:
             for one in task.execs.values():
                 if one.runs:
                     self._tell(one, KILLED)
-            if oom_killed:
-                self._publisher.publish(c.TaskOOM(container_id=task.id))
+            self._ooms.tell(task, oom_kills)
             self._tell(process, status)
 
         if not waiting:

@@ -182,8 +182,8 @@ class MicroVm:
             raise UnavailableError("the pod's microVM is not up")
         return self._guest
 
-    def pod(self, method: str, request: Any, timeout_s: float = 60.0) -> Any:
-        """Call the pod service of the guest."""
+    def pod(self, method: str, request: Any, timeout_s: float | None = 60.0) -> Any:
+        """Call the pod service of the guest; without `timeout_s`, until it answers or ends."""
         return self.guest.call(v1.SERVICE, method, request, v1.METHODS[method][1], timeout_s)
 
     # -- disks ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from remora.errors import (
     UnimplementedError,
 )
 from remora.reactor import Reactor
-from remora.shim import exits, memory, spec, stats
+from remora.shim import exits, memory, oom, spec, stats
 from remora.shim.events import Publisher, timestamp
 from remora.shim.pod import Pod
 from remora.shim.streams import Streams
@@ -63,7 +63,9 @@ class TaskService:
         self._tasks: dict[str, Task] = {}
         self._locks: dict[str, threading.Lock] = {}
         self.pod = Pod(reactor, self._machine_ended)
-        self._exits = exits.Exits(reactor, publisher, self.pod)
+        self._ooms = oom.OomEvents(reactor, publisher, self.pod, self._tasks)
+        self._usage = stats.Usage(self.pod)
+        self._exits = exits.Exits(reactor, publisher, self.pod, self._ooms)
         self.created = False
 
     # -- dispatch ---------------------------------------------------------------------------------------------------
@@ -237,6 +239,7 @@ class TaskService:
             raise
         self._started(process, event)
         self._exits.watch(task, process)
+        self._reactor.post(self._ooms.watch)
         return c.PidResponse(pid=process.pid)
 
     def _started(self, process: Process, event: Message) -> None:
@@ -277,18 +280,10 @@ class TaskService:
         )
 
     def _pids(self, request: c.ProcessRequest) -> c.PidsResponse:
-        task = self._task(request.id)
-        # Never none: a containerd that restarts takes a task without processes for one that was never created.
-        pids = [task.process.pid]
-        if task.in_guest and task.process.runs:
-            pids = list(self.pod.vm.pod("Pids", v1.ContainerRequest(id=task.id), 3.0).pids) or pids
-        return c.PidsResponse(processes=[c.ProcessInfo(pid=pid) for pid in pids])
+        return c.PidsResponse(processes=[c.ProcessInfo(pid=pid) for pid in self._usage.pids(self._task(request.id))])
 
     def _stats(self, request: c.ProcessRequest) -> c.StatsResponse:
-        task = self._task(request.id)
-        if not task.in_guest:
-            return c.StatsResponse(stats=stats.metrics(v1.StatsResponse()))
-        return c.StatsResponse(stats=stats.metrics(self.pod.vm.pod("Stats", v1.ContainerRequest(id=task.id))))
+        return c.StatsResponse(stats=self._usage.stats(self._task(request.id)))
 
     # -- while it runs ----------------------------------------------------------------------------------------------
 

@@ -1,18 +1,65 @@
-"""A container's use of the guest as the metrics that containerd's host version expects."""
+"""A container's use of the guest as the metrics that containerd's host version expects.
+
+containerd asks one shim after the other, for the kubelet's view of the whole node. So a guest that does not answer may
+not keep it: what that one said last stands until it speaks again.
+"""
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
+from remora.errors import DeadlineExceededError
 from remora.shim.cgroups import is_unified
+from remora.shim.pod import Pod
+from remora.shim.task import Task
 from remora.wire import containerd as c
-from remora.wire.guest_pod_v1 import StatsResponse
+from remora.wire import guest_pod_v1 as v1
 from remora.wire.protobuf import Message
 from remora.wire.ttrpc.messages import Any as AnyMessage
 
 #: What cgroup version 1 shows where there is no limit.
 _UNLIMITED = (1 << 63) - 4096
+#: A guest that is up answers within milliseconds; one under emulation on a busy host may take longer.
+ANSWER_S = 3.0
+#: So long a guest that has not answered is not asked again.
+SILENT_S = 30.0
 
 
-def metrics(stats: StatsResponse, *, unified: bool | None = None) -> AnyMessage:
+class Usage:
+    """What is asked of a guest for all containers of the node in turn. Any thread."""
+
+    def __init__(self, pod: Pod) -> None:
+        self._pod = pod
+        self._silent_until_s = 0.0
+
+    def stats(self, task: Task) -> AnyMessage:
+        """Return a container's metrics; all 0 of one that is not in the guest."""
+        stats: v1.StatsResponse | None = self._ask("Stats", task)
+        if stats is not None:
+            task.stats = stats
+        return metrics(task.stats)
+
+    def pids(self, task: Task) -> list[int]:
+        """Return the container's processes by their numbers in the guest; the microVM's where that says nothing.
+
+        Never none: a containerd that restarts takes a task without processes for one that was never created.
+        """
+        found: v1.PidsResponse | None = self._ask("Pids", task) if task.process.runs else None
+        return list(found.pids if found is not None else ()) or [task.process.pid]
+
+    def _ask(self, method: str, task: Task) -> Any:
+        """Return the guest's answer; None where there is none."""
+        if not task.in_guest or time.monotonic() < self._silent_until_s:
+            return None
+        try:
+            return self._pod.vm.pod(method, v1.ContainerRequest(id=task.id), ANSWER_S)
+        except DeadlineExceededError:
+            self._silent_until_s = time.monotonic() + SILENT_S
+            return None
+
+
+def metrics(stats: v1.StatsResponse, *, unified: bool | None = None) -> AnyMessage:
     """Return the stats in the form of the host's cgroup version: what reads them may know only that one."""
     if is_unified() if unified is None else unified:
         return _any(c.METRICS_V2_URL, _version_2(stats))
@@ -23,7 +70,7 @@ def _any(url: str, message: Message) -> AnyMessage:
     return AnyMessage(type_url=url, value=b"".join(message.encode()))
 
 
-def _version_1(stats: StatsResponse) -> c.MetricsV1:
+def _version_1(stats: v1.StatsResponse) -> c.MetricsV1:
     return c.MetricsV1(
         pids=c.PidsStat(current=stats.pids, limit=stats.pids_limit),
         cpu=c.CpuStatV1(
@@ -49,7 +96,7 @@ def _version_1(stats: StatsResponse) -> c.MetricsV1:
     )
 
 
-def _version_2(stats: StatsResponse) -> c.MetricsV2:
+def _version_2(stats: v1.StatsResponse) -> c.MetricsV2:
     return c.MetricsV2(
         pids=c.PidsStat(current=stats.pids, limit=stats.pids_limit),
         cpu=c.CpuStatV2(

@@ -80,6 +80,10 @@ class Task:
         self.returned: list[Any] = []
         #: The guest knows the container.
         self.in_guest = False
+        #: Processes killed for want of memory of which containerd knows.
+        self.oom_kills = 0
+        #: What it used when the guest was last asked.
+        self.stats = v1.StatsResponse()
 
     def find(self, exec_id: str) -> Process | None:
         return self.execs.get(exec_id) if exec_id else self.process

@@ -150,6 +150,25 @@ class StatsResponse(Message):
     guest_memory_bytes: int = uint64(16)
 
 
+class OomKillsRequest(Message):
+    """Answered once there are kills later than this number; the host asks anew when it wants to know of more."""
+
+    seen: int = uint64(1)
+
+
+class OomKills(Message):
+    #: Container whose processes the guest's kernel has killed for want of memory.
+    id: str = string(1)
+    #: How many, since it was started.
+    kills: int = uint64(2)
+
+
+class OomKillsResponse(Message):
+    #: What to ask with the next time; grows with each kill, in whichever container.
+    number: int = uint64(1)
+    containers: list[OomKills] = message(2, OomKills, repeated=True)
+
+
 class PidsResponse(Message):
     #: In the guest.
     pids: list[int] = uint32(1, repeated=True)
@@ -200,6 +219,8 @@ METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "Update": (UpdateRequest, Empty),
     "Stats": (ContainerRequest, StatsResponse),
     "Pids": (ContainerRequest, PidsResponse),
+    # Returns once a container has lost a process for want of memory: its own limit's, or all of the guest's.
+    "OomKills": (OomKillsRequest, OomKillsResponse),
     "PutFiles": (PutFilesRequest, Empty),
     "GetFile": (GetFileRequest, GetFileResponse),
 }

@@ -91,6 +91,8 @@ class WaitResponse(Message):
     #: As a shell has it: 128 + n for signal n.
     exit_status: int = int32(1)
     oom_killed: bool = bool_(2)
+    #: How many processes of its container were killed for want of memory since that was started.
+    oom_kills: int = uint64(3)
 
 
 class SignalRequest(Message):

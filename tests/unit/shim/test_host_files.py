@@ -37,13 +37,14 @@ def test_the_kubelets_message_file_comes_back_wherever_the_container_has_it(tmp_
 @pytest.mark.parametrize("status", [-1, -(1 << 31), 256, (1 << 31) - 1])
 def test_a_container_has_an_end_whatever_status_its_guest_reports(status: int) -> None:
     reactor, published = Reactor(), []
-    guest = SimpleNamespace(wait=lambda *_args, **_more: SimpleNamespace(exit_status=status, oom_killed=False))
+    guest = SimpleNamespace(wait=lambda *_args, **_more: SimpleNamespace(exit_status=status, oom_kills=0))
     pod = SimpleNamespace(vm=SimpleNamespace(guest=guest), bring_back=lambda _task: None)
     publisher = SimpleNamespace(publish=lambda event: published.append(event.to_bytes()))
+    ooms = SimpleNamespace(tell=lambda _task, _kills: None)
     process = Process("c1", "", Streams(reactor, "", "", "", terminal=False))
     process.status = 2
     task = Task("c1", "/nowhere", "container", process)
-    watcher = exits.Exits(reactor, cast(Any, publisher), cast(Any, pod))
+    watcher = exits.Exits(reactor, cast(Any, publisher), cast(Any, pod), cast(Any, ooms))
     watcher._wait(task, process)
     for _ in range(100):
         if published:
