@@ -96,6 +96,7 @@ class Registry:
         if name:
             check_name(name)
         with self._locked():
+            self._clear_unfinished()
             if name:
                 for other in self.all():
                     if other.name == name:
@@ -119,6 +120,19 @@ class Registry:
                     os.close(lock_fd)
                 raise
         return record, lock_fd
+
+    def clear_unfinished(self) -> None:
+        """Remove directories whose maker was killed before it could write down what they are for."""
+        if self.root.exists():
+            with self._locked():
+                self._clear_unfinished()
+
+    def _clear_unfinished(self) -> None:
+        # Directories are made and removed under the lock that we hold: nobody is in the middle of that now.
+        for entry in list(os.scandir(self.root)):
+            directory = self.root / entry.name
+            if not (directory / STATE_FILE).exists() and not is_locked(directory / LOCK_FILE):
+                remove_flat(directory)
 
     def all(self) -> list[Record]:
         """Return every sandbox that has a readable record, oldest first."""
@@ -162,17 +176,14 @@ class Registry:
 
         Those of exited sandboxes that were already tidied up are left out.
         """
+        self.clear_unfinished()
         with contextlib.suppress(FileNotFoundError):
             for entry in list(os.scandir(self.root)):
                 directory = self.root / entry.name
                 try:
                     lock_fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
                 except FileNotFoundError:
-                    # Either it is going away, or its maker was killed before it could lock it.
-                    with self._locked():
-                        if directory.exists() and not (directory / LOCK_FILE).exists():
-                            remove_flat(directory)
-                    continue
+                    continue  # it is going away
                 try:
                     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     fields: dict[str, Any] = {}

@@ -80,6 +80,7 @@ def _clear_pod(config: bytes, flags: dict[str, str]) -> None:
     _unlink(start.socket_path(flags.get("address", ""), flags.get("namespace", ""), sandbox))
     groups = cgroups.existing(_cgroups_path(config))
     _leave(groups)
+    registry.clear_unfinished()
     for record in records:
         clearing.clear(record.directory, {**record.fields, "control_socket": ""})
     for record in records:

@@ -67,11 +67,20 @@ class LayerCache:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
+                self._drop_drafts()
                 self._pack(layers, path)
                 self._evict()
         finally:
             os.close(lock)
         return path
+
+    def _drop_drafts(self) -> None:
+        """Remove what a shim that was killed while it packed has left; the lock says that nobody packs now."""
+        for draft in list(self.directory.glob(".*")):
+            if draft.is_dir():
+                draft.rmdir()
+            else:
+                draft.unlink()
 
     def _pack(self, layers: list[str], path: Path) -> None:
         draft = path.with_name(f".{path.name}.{os.getpid()}")

@@ -6,6 +6,7 @@ and is called from the threads that serve containerd's slow requests.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -153,9 +154,15 @@ class MicroVm:
         """
         state = paths.state_dir()
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        name = state / f".scratch-{self.directory.name}"
-        self._scratch_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        name.unlink()
+        try:
+            self._scratch_fd = os.open(state, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+                raise
+            # A file system without such files (NFS): a name for a moment.
+            name = state / f".scratch-{self.directory.name}"
+            self._scratch_fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            name.unlink()
         os.ftruncate(self._scratch_fd, self._settings.scratch_mib << 20)
         # No journal: it lives no longer than the machine. Lazy tables: 20 ms instead of seconds.
         options = ["-E", "lazy_itable_init=1,nodiscard", "-O", "^has_journal,^resize_inode", "-m", "0", "-F", "-q"]

@@ -15,6 +15,7 @@ from containerd_process import Containerd
 from cri_client import CriError
 from pod_leftovers import leftovers, record, wait_until
 from remora import paths
+from remora.shim import launcher
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -64,12 +65,25 @@ def test_a_killed_shim_takes_its_microvm_along_and_is_cleared_up_after(container
     wait_until(lambda: not list(containerd.runtime.glob("shim/*")), "no directory of a shim is left")
 
 
+def test_a_shim_killed_before_it_could_note_what_its_directory_is_for_leaves_none(containerd: Containerd) -> None:
+    program = containerd.base / "bin" / launcher.NAME
+    usual = program.read_text()
+    dies = "import os, remora.sandboxes.registry as r\nr.write_state = lambda record: os.kill(os.getpid(), 9)\n"
+    program.write_text(usual.replace("sys.exit(", dies + "sys.exit("))
+    try:
+        with pytest.raises(CriError):
+            containerd.cri.run_pod("unnoted")
+    finally:
+        program.write_text(usual)
+    wait_until(lambda: not containerd.of_pods(), f"nothing is left: {containerd.of_pods()}")
+
+
 def test_what_a_pod_writes_lies_on_a_disk_and_in_no_file_that_could_be_left(containerd: Containerd) -> None:
     with containerd.cri.run_pod("writer") as pod:
         pod.start("sleep", "1000000")
         opened = Path(f"/proc/{record(containerd, pod)['machine_pid']}/fd")
         links = [os.readlink(entry) for entry in opened.iterdir()]
-        assert [link for link in links if ".scratch-" in link and link.endswith(" (deleted)")]
+        assert [link for link in links if link.startswith(f"{paths.state_dir()}/") and link.endswith(" (deleted)")]
         assert not list(containerd.runtime.rglob("scratch*"))
     assert not list(paths.state_dir().glob(".scratch-*"))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -82,10 +85,45 @@ def test_a_dead_detached_sandbox_keeps_its_record_and_output(registry: Registry)
     assert list(registry.dead()) == []
 
 
-def test_a_directory_whose_maker_died_before_it_had_a_lock_is_removed(registry: Registry) -> None:
-    (registry.root / "0123456789ab").mkdir(parents=True)
+#: Where a maker is killed, as what it runs into: its lock, its record, that record's place.
+MOMENTS = {
+    "before its lock": (
+        "usual = os.open; os.open = lambda path, *a: die() if str(path).endswith('/lock') else usual(path, *a)"
+    ),
+    "before its record": "r.write_state = lambda record: die()",
+    "before its record is in place": "pathlib.Path.replace = lambda *_: die()",
+}
+
+
+def die_while_making(registry: Registry, moment: str) -> None:
+    code = (
+        "import os, sys, pathlib, remora.sandboxes.registry as r\n"
+        "die = lambda: os.kill(os.getpid(), 9)\n"
+        f"{MOMENTS[moment]}\n"
+        "r.Registry(pathlib.Path(sys.argv[1])).create({'container': 'c1'})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(registry.root.parent)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(registry.root.iterdir())) == 1
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_a_maker_that_was_killed_has_begun_is_removed_by_the_next_one(registry: Registry, moment: str) -> None:
+    die_while_making(registry, moment)
+    record, lock_fd = registry.create({"container": "c2"})
+    assert [path.name for path in registry.root.iterdir()] == [record.id]
+    os.close(lock_fd)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_a_maker_that_was_killed_has_begun_is_removed_by_whoever_clears_up(
+    registry: Registry, moment: str
+) -> None:
+    die_while_making(registry, moment)
     assert clearing.sweep(registry) == 0
     assert not registry.root.exists()
+    registry.clear_unfinished()
+    assert not registry.root.exists(), "where there is nothing, nothing is made"
 
 
 def test_another_process_with_the_number_of_a_dead_qemu_is_left_alone(registry: Registry) -> None:

@@ -212,6 +212,17 @@ def test_a_root_that_can_be_written_is_packed_as_it_is_now_and_for_one_container
     assert not cache.directory.exists()
 
 
+def test_what_a_killed_shim_had_packed_by_half_is_removed_by_the_next_that_packs(tmp_path: Path) -> None:
+    layer = tmp_path / "snapshots" / "1" / "fs"
+    layer.mkdir(parents=True)
+    cache = layers.LayerCache(tmp_path / "state")
+    cache.directory.mkdir(parents=True)
+    (cache.directory / ".0123.erofs.4711").write_bytes(bytes(1000))
+    (cache.directory / ".0123.erofs.4711.d").mkdir()
+    (image,) = cache.images([c.Mount(type="overlay", options=[f"lowerdir={layer}"])], "", tmp_path / "own")
+    assert sorted(path.name for path in cache.directory.iterdir()) == sorted([image.name, "lock"])
+
+
 def test_another_layer_at_the_same_place_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
     cache = layers.LayerCache(tmp_path / "state")
     snapshot, old = tmp_path / "snapshots" / "1", tmp_path / "old"
