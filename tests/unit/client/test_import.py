@@ -80,11 +80,21 @@ def guest_side() -> list[Path]:
     return sorted({module for path in paths for module in (path.rglob("*.py") if path.is_dir() else [path])})
 
 
+def interpreter(minor: int) -> str:
+    """Return a Python 3.`minor`: of PATH, or of pyenv, whose programs on PATH work for chosen versions only."""
+    if minor == sys.version_info.minor:
+        return sys.executable
+    kept = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    on_path = shutil.which(f"python3.{minor}")
+    for python in [*([on_path] if on_path else []), *map(str, kept.glob(f"3.{minor}.*/bin/python3.{minor}"))]:
+        if not subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode:
+            return python
+    pytest.skip(f"python3.{minor} is not installed")
+
+
 @pytest.mark.parametrize("minor", range(9, 15), ids=lambda minor: f"python3.{minor}")
 def test_the_sdk_works_isolated_with_nothing_but_its_own_directory(minor: int, tmp_path: Path) -> None:
-    python = sys.executable if minor == sys.version_info.minor else shutil.which(f"python3.{minor}")
-    if python is None or subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode:
-        pytest.skip(f"python3.{minor} is not installed")
+    python = interpreter(minor)
     for name in GUEST_SIDE:
         source = PACKAGE / name
         target = tmp_path / "sdk/remora" / name
@@ -127,6 +137,16 @@ def test_a_guest_side_module_is_python_3_9_and_imports_only_the_standard_library
 def test_annotations_of_a_guest_side_module_are_never_evaluated_by_python_3_9() -> None:
     lacking = [str(path) for path in guest_side() if not _postpones_annotations(path)]
     assert lacking == []
+
+
+@pytest.mark.parametrize("minor", [9, 10], ids=lambda minor: f"python3.{minor}")
+def test_a_command_says_which_python_it_needs_to_one_that_only_the_sdk_works_with(minor: int) -> None:
+    command = [interpreter(minor), "-B", "-m", "remora", "--help"]
+    environment = {"PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("remora: commands need Python 3.11 or newer, this is 3.")
+    assert done.stderr.count("\n") == 1
 
 
 def _postpones_annotations(path: Path) -> bool:
