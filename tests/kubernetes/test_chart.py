@@ -173,6 +173,32 @@ def test_the_autoscaler_follows_the_load_up_and_down_and_no_answer_is_wrong_or_l
     assert load.total.right
 
 
+def test_an_upgrade_of_the_agents_costs_no_answer(installed: Cluster) -> None:
+    address = installed.get("service", "classify")["spec"]["clusterIP"]
+    installed.kubectl("delete", "hpa", "classify", "--ignore-not-found")
+    installed.kubectl("scale", "deployment", "classify", "--replicas=1")
+    installed.wait("one ready pod", lambda: len(installed.ready_pods("app=classify")) == 1)
+
+    def agents() -> set[str]:
+        selector = "app.kubernetes.io/component=agent"
+        return {pod["metadata"]["uid"] for pod in installed.ready_pods(selector, NAMESPACE)}
+
+    before = agents()
+    chart = ROOT / "charts" / "remora"
+    with ConstantLoad((address, 80), known_answers(address), clients=2) as load:
+        began_s = time.monotonic()
+        helm(installed, "upgrade", "remora", str(chart), *settings("agent.logFormat=text"))
+        installed.wait("another agent", lambda: len(agents()) == 1 and not agents() & before, 120)
+        took_s = time.monotonic() - began_s
+        right = load.right
+        installed.wait("answers go on", lambda: load.right >= right + 5)
+    print(
+        f"\nhelm upgrade to the next agent: {took_s:.1f} s; {load.total}; slowest {max(load.total.latencies_ms):.0f} ms"
+    )
+    assert load.total.wrong == []
+    assert load.total.lost == []
+
+
 def test_uninstalled_the_node_is_as_it_was(installed: Cluster, before: tuple[set[str], set[str], str]) -> None:
     installed.kubectl("delete", "hpa,deployment,service", "classify", "--ignore-not-found")
     installed.wait("no pods", lambda: not installed.get("pods", "-l", "app=classify")["items"])
