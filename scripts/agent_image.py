@@ -47,8 +47,9 @@ PACKAGES = (
 )
 EXTRAS = ("node", "kube")
 _SITE = f"/usr/local/lib/python{PYTHON}/dist-packages"
+#: Isolated: in a microVM PYTHONPATH leads to the SDK, which would stand in the way of the whole package.
 _REMORA = """\
-#!/usr/bin/python3
+#!/usr/bin/python3 -I
 import sys
 from remora.cli.main import main
 sys.exit(main())

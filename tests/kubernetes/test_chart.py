@@ -143,6 +143,17 @@ def test_the_node_offers_its_shares_and_the_cluster_the_runtime(installed: Clust
     assert runtime["overhead"]["podFixed"]
 
 
+def test_helms_own_test_reaches_the_agent_from_a_microvm(installed: Cluster) -> None:
+    began_s = time.monotonic()
+    try:
+        assert "Phase:          Succeeded" in helm(installed, "test", "remora", "--timeout=200s")
+    except AssertionError:
+        print(installed.kubectl("describe", "pod", "remora-ping", "-n", NAMESPACE))
+        print(installed.kubectl("logs", "remora-ping", "-n", NAMESPACE))
+        raise
+    print(f"\nhelm test: {time.monotonic() - began_s:.1f} s")
+
+
 def test_a_pod_with_shares_answers_by_the_agent_of_the_chart(installed: Cluster) -> None:
     installed.apply(classification(1, shares=1), service())
     installed.wait("one ready pod", lambda: installed.ready_pods("app=classify"))
