@@ -1,5 +1,6 @@
 """A real cluster for each module of this folder: `make test-kubernetes`. None of `make test`: the first run builds
-Kubernetes from its modules, which takes a while."""
+Kubernetes from its modules, which takes a while. With KUBECONFIG the chart's module runs in that cluster, and no other
+does."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import kubernetes_binaries
-from cluster_objects import RUNTIME_CLASS, add_dns_image, dns
+from cluster_objects import RUNTIME_CLASS
 from containerd_process import missing
 from kubernetes_cluster import Cluster
-from pod_agent import Agent, add_service_image
+from pod_agent import Agent
 from remora import paths
 from remora.sandboxes.guest_files import guest_files
 
@@ -26,10 +27,23 @@ operations = ["infer"]
 
 
 @pytest.fixture(scope="session")
-def binaries() -> dict[str, Path]:
-    """The programs of a cluster; what they need is there."""
+def asked_for() -> None:
     if not os.environ.get("REMORA_TEST_KUBERNETES"):
-        pytest.skip("a cluster of its own: make test-kubernetes")
+        pytest.skip("a real Kubernetes is for `make test-kubernetes`")
+
+
+@pytest.fixture(scope="session")
+def none_given(asked_for: None) -> None:
+    """Skip what would harm a cluster that somebody gave, and what has its own control plane."""
+    if os.environ.get("KUBECONFIG"):
+        pytest.skip(
+            "it kills and looks into parts of a cluster, which it does to one of its own alone: unset KUBECONFIG"
+        )
+
+
+@pytest.fixture(scope="session")
+def binaries(none_given: None) -> dict[str, Path]:
+    """The programs of a cluster of the tests' own; what they need is there."""
     lacking = missing()
     if lacking:
         pytest.skip(f"the cluster needs {', '.join(lacking)}: run scripts/system-packages.sh as root")
@@ -38,14 +52,11 @@ def binaries() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def cluster(binaries: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(binaries: dict[str, Path]) -> Iterator[Cluster]:
     """Two nodes, kube-proxy, DNS, the runtime class, and the service's image."""
     with Cluster(binaries) as one:
-        for node in one.nodes:
-            add_dns_image(node.containerd, binaries["coredns"])
-            add_service_image(node.containerd, tmp_path_factory.mktemp(node.name))
-        one.apply(RUNTIME_CLASS, *dns())
-        one.wait("DNS", lambda: one.ready_pods("k8s-app=kube-dns", "kube-system"))
+        one.add_images()
+        one.apply(RUNTIME_CLASS)
         yield one
 
 

@@ -3,7 +3,6 @@ the pods exist in the API alone, and each has a sandbox attached to the agent un
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import kubernetes_binaries
 from agent_process import AgentProcess, Guest, catalogue_directory
 from api_only_cluster import ApiOnlyCluster
+from cluster_objects import autoscaler
 from remora.errors import RemoraError
 
 pytestmark = pytest.mark.timeout(300)
@@ -34,28 +34,10 @@ DEPLOYMENT = {
         },
     },
 }
-AUTOSCALER = {
-    "apiVersion": "autoscaling/v2",
-    "kind": "HorizontalPodAutoscaler",
-    "metadata": {"name": "classify", "namespace": "default"},
-    "spec": {
-        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "classify"},
-        "minReplicas": 1,
-        "maxReplicas": 4,
-        "metrics": [
-            {
-                "type": "Pods",
-                "pods": {"metric": {"name": METRIC}, "target": {"type": "AverageValue", "averageValue": "2"}},
-            }
-        ],
-    },
-}
 
 
 @pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiOnlyCluster]:
-    if not os.environ.get("REMORA_TEST_KUBERNETES"):
-        pytest.skip("a control plane of its own: make test-kubernetes")
+def plane(none_given: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiOnlyCluster]:
     with ApiOnlyCluster(kubernetes_binaries.build(), tmp_path_factory.mktemp("plane")) as one:
         yield one
 
@@ -167,7 +149,7 @@ class Load:
 
 
 def test_an_autoscaler_follows_the_load_up_and_down(metrics: ApiOnlyCluster, agent: AgentProcess) -> None:
-    metrics.apply(DEPLOYMENT, AUTOSCALER)
+    metrics.apply(DEPLOYMENT, autoscaler(METRIC, "2", 4))
     attached: dict[str, Path] = {}
     load = Load(agent, 8)
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from cluster_objects import classification, service
-from constant_load import ConstantLoad
+from constant_load import ConstantLoad, right_ones
 from kubernetes_cluster import Cluster
-from pod_agent import Agent, known_answers
+from pod_agent import Agent, labelled_pictures
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+APP = "app=classify"
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,11 @@ def untouched(cluster: Cluster, agents: dict[str, Agent]) -> set[str]:
 def load(cluster: Cluster, untouched: set[str]) -> Iterator[ConstantLoad]:
     """Clients at work over all tests of this module."""
     cluster.apply(classification(1), service())
-    cluster.wait("one ready pod", lambda: len(cluster.ready_pods("app=classify")) == 1)
+    cluster.wait("one ready pod", lambda: len(cluster.ready_pods(APP)) == 1)
     address = cluster.get("service", "classify")["spec"]["clusterIP"]
-    with ConstantLoad((address, 80), known_answers(address)) as one:
+    known = right_ones(ConstantLoad((address, 80), []), labelled_pictures(), timeout_s=60)
+    assert len(known) >= 4
+    with ConstantLoad((address, 80), known) as one:
         yield one
 
 
@@ -46,18 +49,7 @@ def report(load: ConstantLoad, what: str, began_s: float) -> None:
 
 def scale(cluster: Cluster, replicas: int) -> list[dict[str, Any]]:
     cluster.kubectl("scale", "deployment", "classify", f"--replicas={replicas}")
-    return pods_are(cluster, replicas)
-
-
-def pods_are(cluster: Cluster, replicas: int) -> list[dict[str, Any]]:
-    """Wait until there are so many ready pods and no others."""
-
-    def settled() -> bool:
-        pods = cluster.get("pods", "-l", "app=classify")["items"]
-        return len(pods) == replicas == len(cluster.ready_pods("app=classify"))
-
-    cluster.wait(f"{replicas} ready pods and no others", settled, 240)
-    return cluster.ready_pods("app=classify")
+    return cluster.pods_are(APP, replicas)
 
 
 def counted(cluster: Cluster, agents: dict[str, Agent], pods: list[dict[str, Any]]) -> bool:
@@ -96,7 +88,7 @@ def test_an_agent_that_is_killed_and_started_again_costs_no_answer(
         agent.stop(signal.SIGKILL)
         agent.start()
         answers_go_on(cluster, load)
-    pods = pods_are(cluster, 3)
+    pods = cluster.pods_are(APP, 3)
     cluster.wait("each pod has answered again", lambda: counted(cluster, agents, pods))
     report(load, "SIGKILL of both agents in turn", began_s)
 
@@ -109,7 +101,7 @@ def test_a_kubelet_that_is_killed_and_started_again_costs_no_answer(cluster: Clu
         cluster.wait("all nodes are ready", cluster.all_nodes_ready)
         answers_go_on(cluster, load)
     # It found its pods again and started none anew.
-    assert {pod["metadata"]["uid"] for pod in pods_are(cluster, 3)} == before
+    assert {pod["metadata"]["uid"] for pod in cluster.pods_are(APP, 3)} == before
     report(load, "SIGKILL of both kubelets in turn", began_s)
 
 
@@ -119,21 +111,21 @@ def test_a_drained_nodes_pods_come_back_elsewhere(cluster: Cluster, load: Consta
     scale(cluster, 3)
     began_s = time.monotonic()
     cluster.kubectl("drain", node.name, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=120s")
-    assert {pod["spec"]["nodeName"] for pod in pods_are(cluster, 3)} == {with_dns}
+    assert {pod["spec"]["nodeName"] for pod in cluster.pods_are(APP, 3)} == {with_dns}
     assert node.microvms() == []
     report(load, "kubectl drain", began_s)
     began_s = time.monotonic()
     cluster.kubectl("uncordon", node.name)
     cluster.kubectl("rollout", "restart", "deployment", "classify")
     cluster.kubectl("rollout", "status", "deployment", "classify", "--timeout=170s")
-    assert len({pod["spec"]["nodeName"] for pod in pods_are(cluster, 3)}) == 2
+    assert len({pod["spec"]["nodeName"] for pod in cluster.pods_are(APP, 3)}) == 2
     report(load, "uncordon and a rollout", began_s)
 
 
 def test_everything_deleted_leaves_nothing(cluster: Cluster, untouched: set[str], load: ConstantLoad) -> None:
     began_s = time.monotonic()
     cluster.kubectl("delete", "deployment,service", "classify", "--wait=false")
-    cluster.wait("no pods", lambda: not cluster.get("pods", "-l", "app=classify")["items"])
+    cluster.wait("no pods", lambda: not cluster.get("pods", "-l", APP)["items"])
     try:
         cluster.wait("nothing is left", lambda: not set(cluster.leftovers()) - untouched, 60)
     finally:

@@ -15,12 +15,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from authority import Authority
+from kubernetes_client import KubernetesClient
 from long_runners import LongRunners
 from node_network import API_SERVICE, SERVICES
 
@@ -32,10 +33,9 @@ users: [{{name: "{user}", user: {{token: {token}}}}}]
 contexts: [{{name: test, context: {{cluster: test, user: "{user}"}}}}]
 current-context: test
 """
-READY_S = 180.0
 
 
-class ApiOnlyCluster:
+class ApiOnlyCluster(KubernetesClient):
     """`with ApiOnlyCluster(binaries, directory) as plane:`; at its end no process of it is left."""
 
     def __init__(self, binaries: Mapping[str, Path], directory: Path, address: str = "127.0.0.1") -> None:
@@ -49,7 +49,7 @@ class ApiOnlyCluster:
         self._tokens: list[str] = []
         self.url = f"https://{address}:{self._port}"
         self.token = self._issue_token("admin", "system:masters")
-        self.kubeconfig = self._write_kubeconfig("admin", self.token)
+        super().__init__(binaries["kubectl"], str(self._write_kubeconfig("admin", self.token)))
 
     @property
     def authority(self) -> Path:
@@ -69,41 +69,6 @@ class ApiOnlyCluster:
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # -- asking -----------------------------------------------------------------------------------------------------
-
-    def kubectl(self, *arguments: str, stdin: str = "", timeout_s: float = 180.0) -> str:
-        done = subprocess.run(
-            [str(self.binaries["kubectl"]), f"--kubeconfig={self.kubeconfig}", *arguments],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
-        return done.stdout
-
-    def get(self, *arguments: str) -> Any:
-        return json.loads(self.kubectl("get", *arguments, "-o", "json"))
-
-    def apply(self, *objects: Mapping[str, Any]) -> None:
-        self.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": [*objects]}))
-
-    def wait(self, what: str, done: Callable[[], Any], timeout_s: float = READY_S) -> Any:
-        """Ask `done` until it answers something true."""
-        deadline_s = time.monotonic() + timeout_s
-        while True:
-            try:
-                if answer := done():
-                    return answer
-            except RuntimeError as error:
-                said = str(error)  # the API server is not there yet, or the object is not
-            else:
-                said = ""
-            assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {what} {said}\n{self.tails()}"
-            time.sleep(0.2)
 
     def run_pods(self, selector: str) -> list[str]:
         """Have all pods of a selector run, as a kubelet would say; return their names."""

@@ -58,11 +58,12 @@ def deployment(
     }
 
 
-def classification(replicas: int, namespace: str = "default", shares: int = 0) -> dict[str, Any]:
+def classification(replicas: int, namespace: str = "default", *, shares: int = 0, image: str = IMAGE) -> dict[str, Any]:
     """Return the Deployment of the classification service, which ends without losing a request.
 
     Args:
         shares: of the node's processors (`remora.dev/cpu`), for each pod.
+        image: the service's; pulled where a node has it not.
     """
     limits = {"memory": "256Mi", "cpu": "1", **({"remora.dev/cpu": str(shares)} if shares else {})}
     probe = {"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 1, "timeoutSeconds": 5}
@@ -72,7 +73,8 @@ def classification(replicas: int, namespace: str = "default", shares: int = 0) -
         namespace=namespace,
         # Longer than the service takes its leave.
         pod={"terminationGracePeriodSeconds": 30},
-        image=IMAGE,
+        image=image,
+        imagePullPolicy="IfNotPresent",
         ports=[{"containerPort": 8080}],
         readinessProbe={**probe, "failureThreshold": 2},
         resources={"limits": limits, "requests": {"memory": "64Mi", "cpu": "50m"}},
@@ -85,6 +87,23 @@ def service(name: str = "classify", namespace: str = "default") -> dict[str, Any
         "kind": "Service",
         "metadata": {"name": name, "namespace": namespace},
         "spec": {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": 8080}]},
+    }
+
+
+def autoscaler(metric: str, per_pod: str, most: int, namespace: str = "default", **spec: Any) -> dict[str, Any]:
+    """Return a HorizontalPodAutoscaler of `classify`: 1 to `most` pods, by a metric of the agents."""
+    target = {"type": "AverageValue", "averageValue": per_pod}
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "classify", "namespace": namespace},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "classify"},
+            "minReplicas": 1,
+            "maxReplicas": most,
+            "metrics": [{"type": "Pods", "pods": {"metric": {"name": metric}, "target": target}}],
+            **spec,
+        },
     }
 
 

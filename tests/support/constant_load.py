@@ -9,19 +9,22 @@ What may happen to a request, and how it is counted:
 * *lost*: it was sent in full and no answer came, or another status. There must be none.
 
 A request ends only with an answer, so nothing that was turned away is forgotten.
+
+As a program it does the same where a test cannot reach the service itself (`pod_load`): see `main`.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 
 CONNECT_S = 5.0
@@ -37,6 +40,13 @@ class Tally:
     lost: list[str] = field(default_factory=list)
     turned_away: Counter[str] = field(default_factory=Counter)
     latencies_ms: list[float] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        self.right += other.right
+        self.wrong += other.wrong
+        self.lost += other.lost
+        self.turned_away += other.turned_away
+        self.latencies_ms += other.latencies_ms
 
     def __str__(self) -> str:
         away = ", ".join(f"{count} {why}" for why, count in sorted(self.turned_away.items())) or "none"
@@ -59,9 +69,9 @@ class ConstantLoad:
         answers: pictures and the index of the label that each must get.
     """
 
-    def __init__(self, address: tuple[str, int], answers: Sequence[tuple[Path, int]], clients: int = 2) -> None:
+    def __init__(self, address: tuple[str, int], answers: Sequence[tuple[bytes, int]], clients: int = 2) -> None:
         self._address = address
-        self._questions = [(path.read_bytes(), label) for path, label in answers]
+        self._questions = answers
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._ask_on, args=(number,)) for number in range(clients)]
@@ -90,11 +100,7 @@ class ConstantLoad:
         """Return what happened since the last lap, and begin the next."""
         with self._lock:
             tally, self._tally = self._tally, Tally()
-            self.total.right += tally.right
-            self.total.wrong += tally.wrong
-            self.total.lost += tally.lost
-            self.total.turned_away += tally.turned_away
-            self.total.latencies_ms += tally.latencies_ms
+            self.total.add(tally)
         return tally
 
     def _ask_on(self, number: int) -> None:
@@ -107,7 +113,7 @@ class ConstantLoad:
         while True:
             began_s = time.monotonic()
             try:
-                found = self._once(picture)
+                found = self.ask(picture)
             except TurnedAway as why:
                 with self._lock:
                     self._tally.turned_away[str(why)] += 1
@@ -126,7 +132,8 @@ class ConstantLoad:
                     self._tally.wrong.append(f"{found} in place of {label}")
             return
 
-    def _once(self, picture: bytes) -> int:
+    def ask(self, picture: bytes) -> int:
+        """Ask once; return the label."""
         connection = http.client.HTTPConnection(*self._address, timeout=CONNECT_S)
         try:
             try:
@@ -148,3 +155,41 @@ class ConstantLoad:
             return int(json.loads(body)["labels"][0][0])
         finally:
             connection.close()
+
+
+def right_ones(load: ConstantLoad, pictures: Sequence[tuple[bytes, int]], timeout_s: float) -> list[tuple[bytes, int]]:
+    """Return those that the service's model gets right at all, once it answers."""
+    deadline_s = time.monotonic() + timeout_s
+    found = []
+    for picture, label in pictures:
+        while True:
+            try:
+                if load.ask(picture) == label:
+                    found.append((picture, label))
+                break
+            except (TurnedAway, OSError, http.client.HTTPException, ValueError):
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.2)
+    return found
+
+
+def main() -> None:
+    """Take a line of JSON from standard input and answer with one, until its end.
+
+    The first has `address`, `clients`, `timeout_s` and `pictures`: pairs of base64 and the label that a picture's name
+    tells. Its answer is the number of pictures that the model gets right, which the clients then ask for. Each other
+    line is answered with the tally since the last.
+    """
+    order = json.loads(sys.stdin.readline())
+    host, port = order["address"]
+    pictures = [(base64.b64decode(text), label) for text, label in order["pictures"]]
+    known = right_ones(ConstantLoad((host, port), []), pictures, order["timeout_s"])
+    print(json.dumps(len(known)), flush=True)
+    with ConstantLoad((host, port), known, order["clients"] if known else 0) as load:
+        for _ in sys.stdin:
+            print(json.dumps(vars(load.lap())), flush=True)
+
+
+if __name__ == "__main__":
+    main()

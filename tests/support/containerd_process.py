@@ -276,9 +276,12 @@ class Containerd:
 
     def add_image(self, name: str, layers: list[bytes], **config: object) -> None:
         archive = write_archive(self.base / "image.tar", name, layers, **config)
-        done = self.ctr("images", "import", str(archive))
-        assert done.returncode == 0, done.stderr.decode()
+        self.import_archive(archive)
         archive.unlink()
+
+    def import_archive(self, archive: Path) -> None:
+        done = self.ctr("images", "import", str(archive), timeout_s=300)
+        assert done.returncode == 0, done.stderr.decode()
 
     def close(self) -> None:
         """End everything and remove the files. Tests look for leftovers before; this only ends what they left."""

@@ -1,20 +1,30 @@
 """A small real Kubernetes that runs pods: a control plane on this machine, and nodes in network namespaces.
 
-It all lies in temporary folders and listens on a bridge that is made for it.
+It all lies in temporary folders and listens on a bridge that is made for it. As a program it runs a cluster of one bare
+node for whoever wants one, and for the tests that take one by KUBECONFIG:
+
+    make image
+    .venv/bin/python tests/support/kubernetes_cluster.py     # says what to set; Ctrl-C ends it
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import kubernetes_binaries
 from api_only_cluster import ApiOnlyCluster
+from cluster_objects import add_dns_image, dns
+from kubernetes_client import is_ready
 from kubernetes_node import Node
 from node_network import NodeNetwork
+from pod_agent import add_service_image
 
 
 class Cluster(ApiOnlyCluster):
@@ -41,9 +51,14 @@ class Cluster(ApiOnlyCluster):
             node.start(kubelet, proxy)
         self.wait("all nodes are ready", self.all_nodes_ready)
 
-    def ready_pods(self, selector: str, namespace: str = "default") -> list[dict[str, Any]]:
-        items = self.get("pods", "-n", namespace, "-l", selector)["items"]
-        return [pod for pod in items if is_ready(pod) and "deletionTimestamp" not in pod["metadata"]]
+    def add_images(self) -> None:
+        """Give the nodes the images of the service and of DNS, and start DNS."""
+        for node in self.nodes:
+            add_dns_image(node.containerd, self.binaries["coredns"])
+            with tempfile.TemporaryDirectory() as scratch:
+                add_service_image(node.containerd, Path(scratch))
+        self.apply(*dns())
+        self.wait("DNS", lambda: self.ready_pods("k8s-app=kube-dns", "kube-system"))
 
     def all_nodes_ready(self) -> bool:
         nodes = self.get("nodes")["items"]
@@ -69,6 +84,28 @@ class Cluster(ApiOnlyCluster):
         shutil.rmtree(self.directory)
 
 
-def is_ready(thing: Mapping[str, Any]) -> bool:
-    conditions: Sequence[Mapping[str, str]] = thing.get("status", {}).get("conditions", ())
-    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+def lend(image: Path) -> None:
+    """Run a cluster of a node that knows runc alone, with the agent's image on it, until SIGINT or SIGTERM."""
+    ended = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: ended.set())
+    with Cluster(kubernetes_binaries.build(), nodes=1, remora=False) as cluster:
+        (node,) = cluster.nodes
+        node.containerd.import_archive(image)
+        cluster.add_images()
+        values = cluster.directory / "values.yaml"
+        # There is no systemd; what it would be asked for is done below.
+        values.write_text("installer: {restart: false}\n")
+        print(f"export KUBECONFIG={cluster.kubeconfig} REMORA_TEST_VALUES={values}", flush=True)
+        config = node.spaces.path("/etc/containerd/config.toml")
+        known = config.read_bytes()
+        while not ended.wait(1):
+            with contextlib.suppress(FileNotFoundError):
+                if (now := config.read_bytes()) != known:
+                    known = now
+                    node.containerd.kill(signal.SIGTERM)
+                    node.containerd.start()
+
+
+if __name__ == "__main__":
+    lend(Path(__file__).parents[2] / "build" / "remora-agent.tar")

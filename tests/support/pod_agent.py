@@ -151,9 +151,6 @@ def photos() -> list[Path]:
     return found
 
 
-def known_answers(address: str) -> list[tuple[Path, int]]:
-    """Return photographs with their right labels, as far as the model behind a service gets them right at all."""
-    named = [(photo, int(photo.stem.split("_")[1])) for photo in photos()]
-    known = [(photo, label) for photo, label in named if classify(address, photo.read_bytes(), port=80)[0][0] == label]
-    assert len(known) >= 4
-    return known
+def labelled_pictures() -> list[tuple[bytes, int]]:
+    """Return those photographs with the labels that their names tell."""
+    return [(photo.read_bytes(), int(photo.stem.split("_")[1])) for photo in photos()]
