@@ -51,7 +51,7 @@ format: setup ## put the sources in order
 test: lint models guest ## every check: lint, unit, contract, integration, end to end with real microVMs
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-test-kubernetes: models guest image ## the same on a real Kubernetes, built once from its modules (long)
+test-kubernetes: $(if $(KUBECONFIG),setup,models guest image) ## the same on a real Kubernetes: KUBECONFIG's, or one built once from its modules (long)
 	@REMORA_TEST_KUBERNETES=1 $(BIN)/pytest $(PYTEST_ARGS) tests/kubernetes
 
 bench: setup models ## measure against named yardsticks, JSON out

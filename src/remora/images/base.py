@@ -5,22 +5,26 @@ A base is an ordinary image of the store, named by its recipe, so listing, shari
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from remora.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from remora.errors import FailedPreconditionError, NotFoundError, ResourceExhaustedError, UnavailableError
 from remora.images.apt_sources import sources_for
 from remora.images.blobs import Blob, convert_layer
 from remora.images.model import Image, ImageConfig, machine_architecture
 from remora.images.progress import Progress, silent
 from remora.images.store import ImageStore
-from remora.images.tools import leashed
+from remora.images.tools import contained
 
 #: Files that a build makes get this time (2025-01-01), so that equal input gives equal bytes.
 SOURCE_DATE_EPOCH = 1735689600
@@ -28,6 +32,11 @@ SOURCE_DATE_EPOCH = 1735689600
 _MINIMAL = ("base-files", "base-passwd", "busybox-static", "libc-bin", "netbase")
 _HOOK = Path(__file__).with_name("debian_base.sh")
 _STEPS = 8
+#: A disk with less free is refused at once: the lists of packages, the root and its tar took 207 MB for the smallest
+#: base with Python. While it runs, less than the second is a full disk, on which apt-get (2.6.1) may never end.
+_NEEDED_BYTES = 200 << 20
+_FULL_BYTES = 1 << 20
+_WATCH_S = 0.5
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -102,6 +111,7 @@ def make_base_tar(
 
     Raises:
         FailedPreconditionError: it is not installed.
+        ResourceExhaustedError: the disk has too little space, now or on the way.
         UnavailableError: as for `debian_base`.
     """
     if shutil.which("mmdebstrap") is None:
@@ -109,6 +119,11 @@ def make_base_tar(
             "mmdebstrap is not installed", fix="install the package mmdebstrap, or run make system"
         )
     is_root = os.geteuid() == 0
+    # In a user namespace it needs a directory that its other users can enter, such as /tmp.
+    places = (scratch,) if is_root else (scratch, Path(tempfile.gettempdir()))
+    for place in places:
+        if shutil.disk_usage(place).free < _NEEDED_BYTES:
+            raise _full(place)
     include = sorted({*packages, *(_MINIMAL if variant == "minimal" else ())})
     sources = []
     for file_name, text in sources_for(suite).items():
@@ -137,13 +152,13 @@ def make_base_tar(
         "SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH),
         "REMORA_VARIANT": variant,
     }
-    if is_root:  # in a user namespace it needs a directory that its other users can enter, such as /tmp
+    if is_root:
         environment["TMPDIR"] = str(scratch)
     lines: list[str] = []
     with (
         open(tar, "wb") as out,
         subprocess.Popen(
-            leashed(argv),
+            contained(argv),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.PIPE,
@@ -153,14 +168,17 @@ def make_base_tar(
         ) as process,
     ):
         try:
-            for line in process.stderr or ():
-                lines.append(line.strip())
-                if line.startswith("I: "):
-                    done = min(_STEPS - 1, sum(kept.startswith("I: ") for kept in lines))
-                    progress(f"base {suite}: {line[3:].strip()}", done, _STEPS)
+            with _ended_on_full_disk(process, places) as full:
+                for line in process.stderr or ():
+                    lines.append(line.strip())
+                    if line.startswith("I: "):
+                        done = min(_STEPS - 1, sum(kept.startswith("I: ") for kept in lines))
+                        progress(f"base {suite}: {line[3:].strip()}", done, _STEPS)
         except BaseException:
-            process.terminate()
+            process.kill()
             raise
+    if full or (process.returncode != 0 and any(os.strerror(errno.ENOSPC) in line for line in lines)):
+        raise _full(full[0] if full else scratch)
     if process.returncode != 0:
         # apt's own reasons are short; the long lines repeat the whole command.
         reasons = [line for line in lines if line.startswith("E: ") and len(line) < 200] or lines[-3:]
@@ -171,3 +189,32 @@ def make_base_tar(
             if any("is not signed" in reason for reason in reasons)
             else "check the package names, the suite and that apt-get update works here",
         )
+
+
+@contextmanager
+def _ended_on_full_disk(process: subprocess.Popen[str], places: Sequence[Path]) -> Iterator[list[Path]]:
+    """Kill `process` once one of these is full; the list that this gives tells which."""
+    found: list[Path] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_WATCH_S):
+            found.extend(place for place in places if shutil.disk_usage(place).free < _FULL_BYTES)
+            if found:
+                process.kill()
+                return
+
+    thread = threading.Thread(target=watch, name="full-disk", daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def _full(place: Path) -> ResourceExhaustedError:
+    return ResourceExhaustedError(
+        f"too little space on the disk of {place}: the packages of a base take {_NEEDED_BYTES >> 20} MiB on the way",
+        fix="free some, or point REMORA_STATE_DIR to another disk",
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from image_maker import describe
-from remora.errors import RemoraError, UnavailableError
+from remora.errors import RemoraError, ResourceExhaustedError, UnavailableError
 from remora.images.base import debian_base
 from remora.images.build import build_image
 from remora.images.erofs_read import ErofsReader
@@ -131,6 +133,45 @@ def test_a_killed_build_leaves_no_process_and_no_file(tmp_path: Path) -> None:
     assert alive == []
     with store.adding():
         assert list(store.tmp_dir.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize(("size_mib", "filled_mib"), [(3, 0), (230, 29)], ids=["from the start", "on the way"])
+def test_a_full_disk_is_said_at_once_and_nothing_is_left(tmp_path: Path, size_mib: int, filled_mib: int) -> None:
+    suite = load_recipe(EXAMPLE).suite
+    assert suite is not None
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        (tmp_path / "filler").write_bytes(bytes(filled_mib << 20))
+        store = ImageStore(tmp_path / "images")
+        began_s = time.monotonic()
+        with pytest.raises(ResourceExhaustedError, match=r"too little space .* 200 MiB .*REMORA_STATE_DIR"):
+            debian_base(store, suite, "minimal", ("python3-minimal", "libpython3-stdlib"))
+        assert time.monotonic() - began_s < 30
+        assert store.list() == []
+        assert list(store.tmp_dir.iterdir()) == []
+        inside = [
+            one for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(one.info["cmdline"] or ())
+        ]
+        assert inside == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root")
+def test_what_does_not_end_by_itself_ends_with_who_started_it(tmp_path: Path) -> None:
+    stubborn = "trap '' TERM; sleep 1000 & echo $! > pid; wait"
+    call = f"subprocess.run(contained(['sh', '-c', {stubborn!r}]))"
+    starter = f"import subprocess\nfrom remora.images.tools import contained\n{call}"
+    with subprocess.Popen([sys.executable, "-c", starter], cwd=tmp_path) as process:
+        deadline_s = time.monotonic() + 20
+        while not (helpers := psutil.Process(process.pid).children(recursive=True)) or not (tmp_path / "pid").exists():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        helpers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    _, alive = psutil.wait_procs(helpers, timeout=20)
+    assert alive == []
 
 
 def _wheel(directory: Path) -> Path:
