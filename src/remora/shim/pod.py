@@ -19,7 +19,7 @@ from remora.errors import RemoraError, UnavailableError
 from remora.reactor import Reactor
 from remora.sandboxes.agent_link import AgentLink
 from remora.sandboxes.registry import Record, Registry, write_state
-from remora.shim import cgroups, identity, network, settings, spec, syncing, volumes
+from remora.shim import cgroups, identity, network, resizing, settings, spec, syncing, volumes
 from remora.shim.layers import LayerCache, pack
 from remora.shim.microvm import MicroVm
 from remora.shim.portforward import PortForward
@@ -38,6 +38,7 @@ class Pod:
         self._settings = settings.Settings()
         self._sandbox_config: dict[str, Any] = {}
         self._sandbox_id = ""
+        self._size = settings.Size(0, 0)
         self._record: Record | None = None
         self._lock_fd = -1
         self._vm: MicroVm | None = None
@@ -73,7 +74,7 @@ class Pod:
         self._settings = settings.load(request.options)
         self._sandbox_config = config
         self._sandbox_id = spec.kind(config, request.id).sandbox
-        size = settings.size(self._settings, config)
+        size = self._size = settings.size(self._settings, config)
         netns = spec.network_namespace(config)
         cgroups.join((config.get("linux") or {}).get("cgroupsPath") or "")
         name = identity.sandbox_name(config, self._sandbox_id)
@@ -201,6 +202,19 @@ class Pod:
             task.in_guest = False
             removed = self._vm.pod("Remove", v1.ContainerRequest(id=task.id))
             self._vm.release(list(removed.released))
+
+    def update(self, task: Task, resources: dict[str, Any]) -> None:
+        """Change the limits of a container that runs.
+
+        Raises:
+            ResourceExhaustedError: they are more than the microVM has.
+        """
+        linux = task.config.get("linux") or {}
+        now = linux.get("resources") or {}
+        changed = resizing.guest_update(resources, now, self._size)
+        if changed:
+            self.vm.pod("Update", v1.UpdateRequest(id=task.id, resources=json.dumps(changed).encode()))
+            task.config["linux"] = {**linux, "resources": resizing.merged(now, changed)}
 
     def _take_back(self, task: Task) -> None:
         try:

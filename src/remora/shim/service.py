@@ -343,9 +343,7 @@ class TaskService:
     def _update(self, request: c.UpdateTaskRequest) -> c.Empty:
         task = self._task(request.id)
         if request.resources is not None and task.in_guest:
-            resources = spec.guest_resources(json.loads(bytes(request.resources.value)))
-            if resources:
-                self.pod.vm.pod("Update", v1.UpdateRequest(id=task.id, resources=json.dumps(resources).encode()))
+            self.pod.update(task, json.loads(bytes(request.resources.value)))
         return c.Empty()
 
     def _checkpoint(self, _request: c.CheckpointTaskRequest) -> c.Empty:

@@ -141,6 +141,24 @@ def test_limits_are_seen_enforced_and_changed(pod: Pod) -> None:
     assert limited.sh("cat /sys/fs/cgroup/cpu.max") == "50000 100000\n"
     limited.update(cri.Resources(memory_limit_in_bytes=40 * MIB))
     assert limited.sh("cat /sys/fs/cgroup/memory.max") == f"{40 * MIB}\n"
+    assert limited.sh("cat /sys/fs/cgroup/cpu.max") == "50000 100000\n"
+    limited.update(cri.Resources(memory_limit_in_bytes=64 * MIB, cpu_quota=80000, cpu_period=100000))
+    assert limited.sh("cat /sys/fs/cgroup/memory.max") == f"{64 * MIB}\n"
+    assert limited.sh("cat /sys/fs/cgroup/cpu.max") == "80000 100000\n"
+    limited.update(cri.Resources(cpu_quota=-1))
+    assert limited.sh("cat /sys/fs/cgroup/cpu.max") == "max 100000\n"
+    limited.stop(0)
+
+
+def test_limits_beyond_the_microvm_are_refused_with_what_it_has_and_change_nothing(pod: Pod) -> None:
+    limited = pod.start(
+        "sleep", "100000", resources=cri.Resources(memory_limit_in_bytes=48 * MIB, cpu_quota=50000, cpu_period=100000)
+    )
+    with pytest.raises(CriError, match=r"memory limit of 4096 MiB .* 160 of its 256 MiB.*io\.remora\.memory"):
+        limited.update(cri.Resources(memory_limit_in_bytes=4096 * MIB, cpu_quota=20000, cpu_period=100000))
+    with pytest.raises(CriError, match=r"limit of 1\.5 CPUs .* microVM has: 1.*io\.remora\.cpus"):
+        limited.update(cri.Resources(memory_limit_in_bytes=32 * MIB, cpu_quota=150000, cpu_period=100000))
+    assert limited.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max") == f"{48 * MIB}\n50000 100000\n"
     limited.stop(0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -11,7 +13,7 @@ import cri_v1 as cri
 from containerd_events import Events
 from containerd_process import Containerd
 from cri_client import Container, Pod
-from pod_leftovers import wait_until
+from pod_leftovers import record, wait_until
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 MIB = 1 << 20
@@ -32,6 +34,19 @@ def pod(containerd: Containerd) -> Iterator[Pod]:
 def events(containerd: Containerd) -> Iterator[Events]:
     with Events(containerd) as one:
         yield one
+
+
+def resident_mib(pid: int, mapping_mib: int) -> int:
+    """Return how much of the host's memory a microVM's own takes: QEMU's mapping of that size."""
+    size = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            begin, _, end = words[0].partition("-")
+            size = (int(end, 16) - int(begin, 16)) // MIB
+        elif words[0] == "Rss:" and size == mapping_mib:
+            return int(words[1]) // 1024
+    raise AssertionError(f"process {pid} maps no memory of {mapping_mib} MiB")
 
 
 def until_reason(container: Container, reason: str) -> None:
@@ -104,3 +119,20 @@ def test_a_container_without_a_limit_that_takes_all_of_the_microvm_is_told_and_i
         assert neighbour.sh("echo alive") == "alive\n"
         assert OOM not in events.of(neighbour.id)
         assert pod.status.state == cri.READY
+
+
+def test_memory_that_a_container_has_freed_is_the_hosts_again(containerd: Containerd, pod: Pod) -> None:
+    container = pod.start("sh", "-c", WAITS)
+    fields = record(containerd, pod)
+
+    def resident() -> int:
+        return resident_mib(int(str(fields["machine_pid"])), int(str(fields["memory_mib"])))
+
+    before = resident()
+    # dd has read the whole of its block and waits for its reader, which ends first.
+    user = Thread(target=container.sh, args=("dd if=/dev/zero bs=128M count=1 2>/dev/null | sleep 3; true",))
+    user.start()
+    wait_until(lambda: resident() > before + 100, f"{before} MiB, then {resident()}")
+    user.join()
+    wait_until(lambda: resident() < before + 20, f"{before} MiB, then {resident()}")
+    container.stop(0)

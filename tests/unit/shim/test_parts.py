@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from remora.errors import InvalidArgumentError, UnimplementedError
-from remora.shim import cgroups, identity, layers, network, settings, stats
+from remora.errors import InvalidArgumentError, ResourceExhaustedError, UnimplementedError
+from remora.shim import cgroups, identity, layers, network, resizing, settings, stats
 from remora.vmm.contract import Network
 from remora.wire import containerd as c
 from remora.wire.guest_pod_v1 import StatsResponse
@@ -71,6 +71,26 @@ def test_a_size_that_no_microvm_can_have_is_refused_with_what_to_write(annotatio
         settings.size(settings.Settings(), {"annotations": {annotation: value}})
     assert refused.value.fix
     assert len(refused.value.message) < 300
+
+
+def test_a_limit_may_be_raised_as_far_as_the_microvm_reaches_and_never_stands_in_the_way_of_another() -> None:
+    size = settings.Size(memory_mib=256, cpus=2)
+
+    def memory(mib: int) -> dict[str, Any]:
+        return {"memory": {"limit": mib * MIB}}
+
+    assert resizing.guest_update(memory(160), memory(64), size) == memory(160)
+    with pytest.raises(ResourceExhaustedError, match="161 MiB"):
+        resizing.guest_update(memory(161), memory(64), size)
+    # It was made so (io.remora.memory is less than its limit): what stays or goes down is no raise.
+    assert resizing.guest_update(memory(500), memory(500), size) == memory(500)
+    assert resizing.guest_update({"cpu": {"quota": 200000, "period": 100000}}, {}, size)["cpu"]["quota"] == 200000
+    with pytest.raises(ResourceExhaustedError, match=r"2\.5 CPUs"):
+        resizing.guest_update({"cpu": {"quota": 250000, "period": 100000}}, {}, size)
+    # What the kubelet's CPU manager sends to every container.
+    assert resizing.guest_update({"cpu": {"cpus": "0-3"}}, memory(500), size) == {}
+    now = resizing.merged({**memory(64), "cpu": {"quota": 5}}, {"memory": {"limit": 32 * MIB}})
+    assert now == {**memory(32), "cpu": {"quota": 5}}
 
 
 def test_a_pod_is_known_by_namespace_and_name() -> None:
