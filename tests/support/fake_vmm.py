@@ -1,4 +1,4 @@
-"""A fake of Firecracker, of its jailer, and of Cloud Hypervisor, as programs: for hosts without KVM.
+"""A fake of Firecracker and of Cloud Hypervisor, as programs: for hosts without KVM.
 
 It takes only requests that the API description of its version allows, keeps the monitors' order of states, and serves
 hybrid vsock by their rules. There is no guest: port 7 echoes, port 9 takes a line `PORT TEXT`, sends TEXT to that port
@@ -37,13 +37,19 @@ from vhost_vsock import VhostVsock
 from vmm_api import ApiDescription, Refused, cloud_hypervisor, firecracker
 
 
-def install(directory: Path, kind: str, version: str) -> str:
-    """Write a program that is this fake; returns its path. `kind`: firecracker, jailer or cloud-hypervisor."""
+def install(directory: Path, kind: str, version: str, *, guest: str = "") -> str:
+    """Write a program that is this fake; returns its path.
+
+    Args:
+        kind: `firecracker` or `cloud-hypervisor`.
+        guest: `real`: as FAKE_VMM_GUEST, for one whose environment is emptied.
+    """
     program = directory / kind
     paths = os.pathsep.join(path for path in sys.path if path)
+    real = f"FAKE_VMM_GUEST={guest} " if guest else ""
     program.write_text(
         "#!/bin/sh\n"
-        f"PYTHONPATH='{paths}' exec '{sys.executable}' '{Path(__file__).absolute()}' {kind} {version} \"$@\"\n"
+        f"{real}PYTHONPATH='{paths}' exec '{sys.executable}' '{Path(__file__).absolute()}' {kind} {version} \"$@\"\n"
     )
     program.chmod(0o755)
     return str(program)
@@ -152,9 +158,8 @@ class RealGuest:
             "vhost-user-vsock-device,chardev=v",
         ]
         parent = os.getpid()
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, preexec_fn=lambda: set_death_signal(signal.SIGKILL, parent)
-        )
+        # Its stdin is the fake's, which reads nothing: in a jail there is no /dev/null.
+        process = subprocess.Popen(argv, preexec_fn=lambda: set_death_signal(signal.SIGKILL, parent))
         threading.Thread(target=self._end_with, args=(process, folder), daemon=True).start()
 
     @staticmethod
@@ -165,21 +170,15 @@ class RealGuest:
 
 
 class FakeVmm(ABC):
-    """One process of a monitor. `root` is what it sees as `/`; relative paths are taken from its directory."""
+    """One process of a monitor. Relative paths are taken from its directory."""
 
     api: ApiDescription
 
-    def __init__(self, root: Path | None) -> None:
-        self.root = root
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.vsock: FakeVsock | None = None
         #: Stands for the guest's memory: told by port 11, saved and restored.
         self.memory = ""
-
-    def path(self, name: str) -> Path:
-        if self.root is None:
-            return Path(name)
-        return self.root / name.lstrip("/")
 
     def call(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         refused = self.api.check(method, path, body)
@@ -203,10 +202,10 @@ class FakeVmm(ABC):
 
     def boot(self, vsock_path: str) -> None:
         if os.environ.get("FAKE_VMM_GUEST") == "real":
-            self.guest().start(self.path(vsock_path))
+            self.guest().start(Path(vsock_path))
             return
         self.memory = f"{os.getpid()}"
-        self.vsock = FakeVsock(self.path(vsock_path), lambda: self.memory)
+        self.vsock = FakeVsock(Path(vsock_path), lambda: self.memory)
         print("fake guest: up", flush=True)
         self.vsock.announce()
 
@@ -215,7 +214,7 @@ class FakeVmm(ABC):
         """Return the machine that was configured."""
 
     def need_file(self, name: str) -> None:
-        if not self.path(name).is_file():
+        if not Path(name).is_file():
             raise FakeError(400, f"no such file: {name}")
 
 
@@ -226,8 +225,8 @@ class FakeError(Exception):
 
 
 class FakeFirecracker(FakeVmm):
-    def __init__(self, version: Version, name: str, root: Path | None) -> None:
-        super().__init__(root)
+    def __init__(self, version: Version, name: str) -> None:
+        super().__init__()
         self.version = version
         self.name = name
         self.api = firecracker(version)
@@ -277,12 +276,12 @@ class FakeFirecracker(FakeVmm):
     def guest(self) -> RealGuest:
         boot, machine = self.config["boot-source"], self.config["machine-config"]
         return RealGuest(
-            str(self.path(boot["kernel_image_path"])),
-            str(self.path(boot["initrd_path"])),
+            boot["kernel_image_path"],
+            boot["initrd_path"],
             boot["boot_args"],
             machine["mem_size_mib"],
             machine["vcpu_count"],
-            [str(self.path(drive["path_on_host"])) for drive in self.config["drives"].values()],
+            [drive["path_on_host"] for drive in self.config["drives"].values()],
         )
 
     def _need(self, *states: str) -> None:
@@ -309,8 +308,8 @@ class FakeFirecracker(FakeVmm):
         # Streams end with the snapshot since 0.25; listeners stay.
         if self.vsock is not None:
             self.vsock.reset()
-        self.path(body["snapshot_path"]).write_text(json.dumps({"config": self.config, "version": str(self.version)}))
-        self.path(body["mem_file_path"]).write_text(self.memory)
+        Path(body["snapshot_path"]).write_text(json.dumps({"config": self.config, "version": str(self.version)}))
+        Path(body["mem_file_path"]).write_text(self.memory)
         return 204, None
 
     def _load(self, body: dict[str, Any]) -> tuple[int, Any]:
@@ -318,20 +317,20 @@ class FakeFirecracker(FakeVmm):
         if "boot-source" in self.config:
             raise FakeError(400, "loading a snapshot is not allowed after configuring boot-specific resources")
         memory = body["mem_backend"]["backend_path"] if "mem_backend" in body else body["mem_file_path"]
-        saved = json.loads(self.path(body["snapshot_path"]).read_text())
+        saved = json.loads(Path(body["snapshot_path"]).read_text())
         self.config = saved["config"]
         for drive in self.config["drives"].values():
             self.need_file(drive["path_on_host"])
         override = body.get("vsock_override", {}).get("uds_path")
-        self.vsock = FakeVsock(self.path(override or self.config["vsock"]["uds_path"]), lambda: self.memory)
-        self.memory = self.path(memory).read_text()
+        self.vsock = FakeVsock(Path(override or self.config["vsock"]["uds_path"]), lambda: self.memory)
+        self.memory = Path(memory).read_text()
         self.state = "Running" if body.get("resume_vm") else "Paused"
         return 204, None
 
 
 class FakeCloudHypervisor(FakeVmm):
-    def __init__(self, root: Path | None = None) -> None:
-        super().__init__(root)
+    def __init__(self) -> None:
+        super().__init__()
         self.api = cloud_hypervisor()
         self.state = ""
         self.config: dict[str, Any] = {}
@@ -484,34 +483,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def _jailed(arguments: list[str], version: str) -> tuple[list[str], Path]:
-    """Do what the jailer does, without the privileges: returns the monitor's arguments and its root."""
-    parser = argparse.ArgumentParser()
-    for required in ("--id", "--exec-file", "--uid", "--gid"):
-        parser.add_argument(required, required=True)
-    parser.add_argument("--chroot-base-dir", default="/srv/jailer")
-    parser.add_argument("--cgroup-version", choices=["1", "2"], default="1")
-    for optional in ("--parent-cgroup", "--netns"):
-        parser.add_argument(optional)
-    for repeated in ("--cgroup", "--resource-limit"):
-        parser.add_argument(repeated, action="append", default=[])
-    parser.add_argument("rest", nargs="*")
-    options = parser.parse_args(arguments)
-    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", options.id):
-        parser.error(f"invalid id: {options.id}")
-    root = Path(options.chroot_base_dir) / Path(options.exec_file).name / options.id / "root"
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.copy(options.exec_file, root)
-    (root / "firecracker.pid").write_text(str(os.getpid()))
-    return ["--id", options.id, *options.rest], root
-
-
 def main() -> None:
     kind, version, *arguments = sys.argv[1:]
     if arguments == ["--version"]:
-        print(
-            {"firecracker": "Firecracker v", "cloud-hypervisor": "cloud-hypervisor v"}.get(kind, "Jailer v") + version
-        )
+        print({"firecracker": "Firecracker v", "cloud-hypervisor": "cloud-hypervisor v"}[kind] + version)
         return
     vmm: FakeVmm
     if kind == "cloud-hypervisor":
@@ -521,17 +496,16 @@ def main() -> None:
         path = parser.parse_args(arguments).api_socket.removeprefix("path=")
         vmm = FakeCloudHypervisor()
     else:
-        root = None
-        if kind == "jailer":
-            arguments, root = _jailed(arguments, version)
         parser = argparse.ArgumentParser()
         parser.add_argument("--api-sock", default="/run/firecracker.socket")
         parser.add_argument("--id", default="anonymous-instance")
+        for told_by_jailer in ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us"):
+            parser.add_argument(told_by_jailer, type=int)
         options = parser.parse_args(arguments)
         if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", options.id):
             parser.error(f"invalid id: {options.id}")
-        vmm = FakeFirecracker(Version(*map(int, version.split("."))), options.id, root)
-        path = str(vmm.path(options.api_sock))
+        vmm = FakeFirecracker(Version(*map(int, version.split("."))), options.id)
+        path = options.api_sock
     if os.path.exists(path):
         sys.exit(f"cannot listen on {path}: it exists")
     with _Server(path, vmm) as server:

@@ -27,8 +27,9 @@ from remora.errors import AlreadyExistsError, InvalidArgumentError, RemoraError,
 from remora.reactor import Reactor
 from remora.wire.ports import OIP_PORT, PORT
 
-SOCKET_NAME = f"channel.sock_{PORT}"
-OIP_SOCKET_NAME = f"channel.sock_{OIP_PORT}"
+_CHANNEL = "channel.sock"
+SOCKET_NAME = f"{_CHANNEL}_{PORT}"
+OIP_SOCKET_NAME = f"{_CHANNEL}_{OIP_PORT}"
 _MODE = 0o600
 _MAX_LABELS = 64
 _MAX_LABEL = 256
@@ -279,6 +280,9 @@ class Attachments:
         self._add(attachment)
 
     def _listen(self, attachment: Attachment, directory: Path) -> None:
+        if _is_jail(directory):
+            self._listen_beside(attachment, directory / _CHANNEL)
+            return
         place = check_private_directory(directory)
         attachment.directory, attachment.place = directory, place
         try:
@@ -338,6 +342,14 @@ def _forget(sandbox: str) -> tuple[tuple[str, tuple[str]], ...]:
         ("DELETE FROM attachment_cids WHERE sandbox=?", (sandbox,)),
         ("DELETE FROM found_sandboxes WHERE sandbox=?", (sandbox,)),
     )
+
+
+def _is_jail(directory: Path) -> bool:
+    """True for the root of a jailed monitor: it belongs to the user that the monitor runs as."""
+    try:
+        return directory.lstat().st_uid not in (0, os.geteuid())
+    except OSError:
+        return False
 
 
 def _place(directory: Path) -> tuple[int, int]:

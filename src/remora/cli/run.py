@@ -55,12 +55,21 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="monitor: qemu, firecracker, cloud-hypervisor (default: $REMORA_VMM, else qemu; the last two need KVM)",
     )
+    parser.add_argument(
+        "--jail",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="run Firecracker in its jailer (root only): uid=UID or uid=FIRST-LAST (needed) | gid=GID | base=DIRECTORY"
+        " | cgroup=FILE=VALUE | parent-cgroup=NAME | netns=FILE; one part each time",
+    )
     parser.add_argument("--boot-timeout", default="60s", metavar="TIME", help=argparse.SUPPRESS)
     parser.add_argument("--no-accel", action="store_true", help="no way to the node agent")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, object]:
     """Return what `add_machine_arguments` read, as fields of `Options`."""
+    from remora.sandboxes.jailing import parse as parse_jail
     from remora.sandboxes.options import (
         parse_duration_s,
         parse_env,
@@ -82,6 +91,7 @@ def options_of(args: argparse.Namespace) -> dict[str, object]:
         "cpus": args.cpus,
         "memory_mib": parse_size_mib(args.memory),
         "vmm": args.vmm,
+        "jail": parse_jail(args.jail) if args.jail else None,
         "boot_timeout_s": parse_duration_s(args.boot_timeout),
         "accelerator": not args.no_accel,
     }

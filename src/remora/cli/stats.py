@@ -70,14 +70,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_process(pid: int) -> dict[str, int]:
-    """Return what the virtual machine's process costs the host: its proportional share of memory."""
+    """Return what the virtual machine's process costs the host: its proportional share of memory.
+
+    That of a jail is the first of a PID namespace and has the monitor as its child (vmm/jail.py).
+    """
+    size = 0
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return {"host_pss_bytes": int(line.split()[1]) * 1024}
+        pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+        for each in pids:
+            for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    size += int(line.split()[1]) * 1024
     except OSError:
         pass  # it has ended
-    return {"host_pss_bytes": 0}
+    return {"host_pss_bytes": size}
 
 
 def _mib(value: object) -> str:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 from pathlib import Path
 from typing import Any
 
 from remora.errors import RemoraError
+from remora.sandboxes.jailing import jail_of
 from remora.sandboxes.registry import KEPT_FILES, Record, Registry, write_state
+from remora.vmm import jail as jails
+
+#: How long a killed machine may take to give its memory back.
+KILLED_S = 10.0
 
 
 def clear(directory: Path, fields: dict[str, Any], *, reason: str = "") -> None:
@@ -23,6 +29,9 @@ def clear(directory: Path, fields: dict[str, Any], *, reason: str = "") -> None:
     """
     _kill_machine(fields, directory)
     _detach(fields)
+    jail = jail_of(fields)
+    if jail is not None:
+        jails.remove(jail)
     if not fields.get("detached"):
         Registry(directory.parent.parent).remove(directory)
         return
@@ -56,6 +65,16 @@ def _kill_machine(fields: dict[str, Any], directory: Path) -> None:
         # The same process and not a later one with its number.
         if started == fields.get("machine_started"):
             os.kill(int(pid), signal.SIGKILL)
+            _wait_for_end(int(pid))
+
+
+def _wait_for_end(pid: int) -> None:
+    """Wait until a killed process has ended: a jail cannot be removed while somebody is in it."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        select.select([pidfd], [], [], KILLED_S)
+    finally:
+        os.close(pidfd)
 
 
 def process_start(pid: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from remora.vmm.contract import VmSpec
+from remora.vmm.jail import Jail
 
 
 class MountSpec(NamedTuple):
@@ -56,6 +57,8 @@ class Launch(NamedTuple):
     vm: VmSpec
     #: Name of the driver that runs it (vmm/drivers.py).
     vmm: str = "qemu"
+    #: Where the monitor is locked in, and the guest's channel is; None: neither, the channel is in `directory`.
+    jail: Jail | None = None
     #: Serials of the disks with the image's layers, lowest first. Not used for clones.
     layers: tuple[str, ...] = ()
     mounts: tuple[MountSpec, ...] = ()

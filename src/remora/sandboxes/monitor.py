@@ -125,13 +125,15 @@ class Monitor:
         if launch.state_file is not None:
             self._machine.restore(launch.state_file, RESTORE_TIMEOUT_S)
             self._stamp("restored")
-            self._guest = Guest(launch.directory, timeout_s=timeout_s)
+            self._guest = Guest(self._record.channel, timeout_s=timeout_s)
             self._stamp("guest_up")
             self._keep_output()
             self._guest.resume(who)
             self._stamp("resumed")
             return
-        self._guest = connect_when_up(launch.directory, timeout_s, gone=None if self._bridge else self._ending.is_set)
+        self._guest = connect_when_up(
+            self._record.channel, timeout_s, gone=None if self._bridge else self._ending.is_set
+        )
         self._stamp("guest_up")
         self._guest.setup(who, launch.layers, launch.mounts, readonly_root=launch.readonly_root)
         self._stamp("set_up")
@@ -144,7 +146,7 @@ class Monitor:
         launch = self._launch
         if launch.detached:
             terminal = launch.process is not None and launch.process.terminal
-            self._output = OutputKeeper(self._reactor, launch.directory, terminal=terminal)
+            self._output = OutputKeeper(self._reactor, launch.directory, self._record.channel, terminal=terminal)
 
     def _process_ended(self, ended: WaitResponse) -> None:
         error = {"error": "the guest ran out of memory"} if ended.oom_killed else {}
@@ -155,7 +157,7 @@ class Monitor:
         spec = self._launch.attach
         if spec is None:
             return
-        self._link = AgentLink(spec, self._launch.id, self._launch.directory)
+        self._link = AgentLink(spec, self._launch.id, self._record.channel)
         try:
             self._link.attach()
             self._stamp("attached")
@@ -239,7 +241,7 @@ class Monitor:
     # -- the machine ------------------------------------------------------------------------------------------------
 
     def _start_machine(self) -> None:
-        monitor, launch = driver(self._launch.vmm), self._launch
+        monitor, launch = driver(self._launch.vmm, self._launch.jail), self._launch
         channel: socket.socket | None = None
         if monitor.capabilities.channel == "vsock":
             machine = monitor.start(launch.vm, directory=launch.directory, keep_fds=launch.keep_fds)

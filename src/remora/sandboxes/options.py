@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from remora import paths
 from remora.errors import InvalidArgumentError
+from remora.sandboxes.jailing import JailRequest
 from remora.sandboxes.launch import AttachSpec, MountSpec
 
 DEFAULT_MEMORY_MIB = 256
@@ -41,6 +42,8 @@ class Options(NamedTuple):
     memory_mib: int = DEFAULT_MEMORY_MIB
     #: Name of the virtual machine monitor (vmm/drivers.py).
     vmm: str = "qemu"
+    #: How its process is locked in; None: it is not.
+    jail: JailRequest | None = None
     mounts: tuple[Mount, ...] = ()
     readonly_root: bool = False
     name: str = ""

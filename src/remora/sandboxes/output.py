@@ -20,19 +20,24 @@ DRAIN_S = 5.0
 class OutputKeeper:
     """Copies the process's output to log files, on the monitor's reactor."""
 
-    def __init__(self, reactor: Reactor, directory: Path, *, terminal: bool) -> None:
+    def __init__(self, reactor: Reactor, directory: Path, channel: Path, *, terminal: bool) -> None:
         """Attach to the process's streams; may be called in another thread than the reactor's.
+
+        Args:
+            directory: Where the logs go.
+            channel: Where the guest's channel is.
 
         Raises:
             UnavailableError: the guest is gone.
         """
         self._reactor = reactor
         self._directory = directory
+        self._channel = channel
         names = {"tty": "stdout"} if terminal else {"stdout": "stdout", "stderr": "stderr"}
         self._open = len(names)
         self._done = threading.Event()
         for stream, name in names.items():
-            self._start(open_stream(directory, MAIN, stream), name)
+            self._start(open_stream(channel, MAIN, stream), name)
 
     def _start(self, sock: socket.socket, name: str) -> None:
         sock.setblocking(False)
@@ -43,7 +48,7 @@ class OutputKeeper:
 
         def wait() -> None:
             try:
-                with Guest(self._directory) as guest:
+                with Guest(self._channel) as guest:
                     response = guest.wait(MAIN)
                 self._done.wait(DRAIN_S)
                 ended(response)

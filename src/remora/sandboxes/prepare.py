@@ -19,6 +19,7 @@ from remora.errors import FailedPreconditionError, InvalidArgumentError, Resourc
 from remora.guest.kernel import OS_DISK_SERIAL, kernel_arguments
 from remora.images.flatten import flatten
 from remora.images.store import ImageStore
+from remora.sandboxes import jailing
 from remora.sandboxes.guest_files import Progress, guest_files
 from remora.sandboxes.launch import MountSpec, ProcessSpec
 from remora.sandboxes.options import DEFAULT_PATH, Options, guest_mount
@@ -51,6 +52,8 @@ def prepared(
         FailedPreconditionError: something is not installed; the message names it.
         InvalidArgumentError: an option cannot be fulfilled.
     """
+    if options.jail is not None:
+        jailing.check(options.vmm)
     monitor = driver(options.vmm)
     store = ImageStore(state_dir / "images")
     mounted = sum(mount.type in ("image", "bind") for mount in options.mounts)

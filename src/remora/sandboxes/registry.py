@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from remora.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PermissionDeniedError
+from remora.sandboxes.jailing import JailRequest, claim, jail_of
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 _ID_BYTES = 6
@@ -43,6 +44,12 @@ class Record(NamedTuple):
     def state(self) -> str:
         """`starting`, `running`, `stopping` or `exited`."""
         return str(self.fields.get("state", "starting"))
+
+    @property
+    def channel(self) -> Path:
+        """The directory with the guest's channel."""
+        jail = jail_of(self.fields)
+        return self.directory if jail is None else jail.root
 
 
 def check_name(name: str) -> None:
@@ -86,8 +93,11 @@ class Registry:
                     os.rmdir(self.root)
                 os.close(fd)
 
-    def create(self, fields: dict[str, Any]) -> tuple[Record, int]:
+    def create(self, fields: dict[str, Any], jail: JailRequest | None = None) -> tuple[Record, int]:
         """Make the directory of a new sandbox; returns it with the locked descriptor that keeps it alive.
+
+        Args:
+            jail: A jail to claim for it.
 
         Raises:
             AlreadyExistsError: another sandbox has that name.
@@ -104,6 +114,8 @@ class Registry:
                             f"a microVM named '{name}' exists ({other.state})",
                             fix=f"choose another name, or remove it: remora rm -f {name}",
                         )
+            if jail is not None:
+                fields = {**fields, "jail": claim(jail, [other.fields for other in self.all()])}
             sandbox_id = os.urandom(_ID_BYTES).hex()
             directory = self.root / sandbox_id
             directory.mkdir(mode=0o700)

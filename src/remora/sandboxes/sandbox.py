@@ -28,6 +28,7 @@ from remora.errors import (
 )
 from remora.sandboxes import clearing, leash
 from remora.sandboxes.guest import MAIN, Guest, process
+from remora.sandboxes.jailing import jail_of
 from remora.sandboxes.launch import Launch, ProcessSpec
 from remora.sandboxes.options import DEFAULT_PATH, Options, attachment
 from remora.sandboxes.processes import GuestProcess
@@ -84,6 +85,7 @@ class Sandbox:
                     hostname=options.hostname or options.name or record.id,
                     vm=ready.vm,
                     vmm=options.vmm,
+                    jail=jail_of(record.fields),
                     layers=ready.layers,
                     mounts=ready.mounts,
                     readonly_root=options.readonly_root,
@@ -125,9 +127,10 @@ class Sandbox:
             FailedPreconditionError: it was made by another version of QEMU.
         """
         began_s = time.monotonic()
-        from remora.sandboxes.templates import Templates
+        from remora.sandboxes.templates import Templates, refuse_jail
 
         options = options or Options()
+        refuse_jail(options)
         with Templates(state_dir or paths.state_dir()).use(template) as stored:
 
             def make(record: Record) -> Launch:
@@ -206,7 +209,7 @@ class Sandbox:
         """The control connection, opened on first use."""
         if self._guest is None:
             try:
-                self._guest = Guest(self.directory)
+                self._guest = Guest(self._record.channel)
             except UnavailableError as error:
                 raise self._explain(error) from error
         return self._guest
@@ -216,7 +219,9 @@ class Sandbox:
         """The container's own process; its streams are attached on first use."""
         if self._process is None:
             terminal = bool(self._record.fields.get("terminal"))
-            self._process = GuestProcess(self.guest, self.directory, MAIN, terminal=terminal, explain=self._explain)
+            self._process = GuestProcess(
+                self.guest, self._record.channel, MAIN, terminal=terminal, explain=self._explain
+            )
         return self._process
 
     # -- using it ---------------------------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ class Sandbox:
             raise
         return GuestProcess(
             self.guest,
-            self.directory,
+            self._record.channel,
             process_id,
             terminal=terminal is not None,
             stdin=stdin,

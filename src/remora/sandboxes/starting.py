@@ -65,7 +65,7 @@ def start(
     ours, theirs = leash.pair()
     with theirs:
         try:
-            record, lock_fd = registry.create(fields)
+            record, lock_fd = registry.create(fields, options.jail)
         except BaseException:
             ours.close()
             raise

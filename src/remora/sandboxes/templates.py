@@ -189,6 +189,7 @@ class Templates:
         from remora.sandboxes.sandbox import Sandbox
 
         check_name(name)
+        refuse_jail(options)
         self._check_free(name)
         self._check_space(options.memory_mib)
         began_s = time.monotonic()
@@ -342,6 +343,20 @@ class Templates:
         finally:
             remove_flat(draft)
             os.close(fd)
+
+
+def refuse_jail(options: Options) -> None:
+    """Refuse a jail for a template and its clones.
+
+    A saved machine names its files by their paths in the jail, and each clone would have to be jailed alike and read
+    its template's memory, which has everything that the function holds, as another user. Firecracker's driver can do
+    it, but with no KVM at hand no guest has been restored in a jail, and such a thing is not offered untried.
+    """
+    if options.jail is not None:
+        raise FailedPreconditionError(
+            "neither a template nor a clone of one runs in a jail",
+            fix="leave --jail out, or boot the image instead: remora run --jail",
+        )
 
 
 def _taken(name: str) -> AlreadyExistsError:

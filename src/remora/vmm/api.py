@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from remora.errors import DeadlineExceededError, FailedPreconditionError, ProtocolError, UnavailableError
+from remora.vmm.channel import connect_socket
 
 #: Firecracker refuses longer requests (its default --http-api-max-payload-size); Cloud Hypervisor has no such bound.
 MAX_BODY_BYTES = 51200
@@ -41,7 +42,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.sock.settimeout(self.timeout)
-            self.sock.connect(str(self._path))
+            connect_socket(self.sock, self._path)
         except OSError:
             self.sock.close()
             raise

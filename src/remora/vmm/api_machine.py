@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,17 @@ class ApiMachine(MonitorProcess):
 
 
 def spawn_with_console(
-    arguments: Sequence[str], *, keep_fds: Sequence[int], directory: Path
+    arguments: Sequence[str],
+    *,
+    keep_fds: Sequence[int],
+    directory: Path,
+    fork: Callable[[], int] = os.fork,
+    network: bool = True,
 ) -> tuple[int, socket.socket]:
-    """Start a monitor in `directory`; returns its pid and the socket that its output, with the guest's, arrives at."""
+    """Start a monitor in `directory`; returns its pid and the socket that its output, with the guest's, arrives at.
+
+    `fork` and `network` are as for `spawn`.
+    """
     console, console_child = socket.socketpair()
     with console_child:
         try:
@@ -52,6 +61,8 @@ def spawn_with_console(
                 keep_fds=(console_child.fileno(), *keep_fds),
                 output_fd=console_child.fileno(),
                 directory=directory,
+                fork=fork,
+                network=network,
             )
         except BaseException:
             console.close()

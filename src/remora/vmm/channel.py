@@ -6,7 +6,10 @@ write and answers `OK <n>\\n`; a guest's connect to port P arrives at `<director
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import stat
 from pathlib import Path
 
 from remora.errors import UnavailableError
@@ -21,6 +24,25 @@ def guest_socket(directory: Path, port: int) -> Path:
     return directory / f"{SOCKET_NAME}_{port}"
 
 
+def connect_socket(sock: socket.socket, path: Path) -> None:
+    """Connect to the socket file at `path` itself, however long the path is.
+
+    The directory may belong to a monitor that its guest has taken over, and a link there to another socket of the host
+    would have us speak to that one: the file is held open as what it is before anybody connects to it.
+
+    Raises:
+        OSError: there is no socket (ENOTSOCK: something else), or nobody listens.
+    """
+    # Opened without following and without a use (open(2), O_PATH); its name in /proc then leads to that very file.
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK), str(path))
+        sock.connect(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
 def connect(directory: Path, port: int, timeout_s: float) -> socket.socket:
     """Open a stream to a guest's port, as any VMM's hybrid vsock takes it; returns a blocking socket.
 
@@ -30,7 +52,7 @@ def connect(directory: Path, port: int, timeout_s: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout_s)
-        sock.connect(str(directory / SOCKET_NAME))
+        connect_socket(sock, directory / SOCKET_NAME)
         sock.sendall(b"CONNECT %d\n" % port)
         line = b""
         while not line.endswith(b"\n"):

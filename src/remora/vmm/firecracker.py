@@ -17,7 +17,7 @@ from remora.vmm import firecracker_api as fc
 from remora.vmm import jail as jails
 from remora.vmm.api_machine import CALL_S, ApiMachine, spawn_with_console
 from remora.vmm.contract import Capabilities, Driver, Machine, VmSpec
-from remora.vmm.process import find_program, first_line
+from remora.vmm.process import find_program, first_line, fork_pid_namespace
 
 BINARY = "firecracker"
 JAILER = "jailer"
@@ -46,10 +46,12 @@ class FirecrackerMachine(ApiMachine):
         spec: VmSpec,
         version: fc.Version,
         directory: Path,
+        files: fc.Files,
         jail: jails.Jail | None,
     ) -> None:
         super().__init__(pid, console, api_path=api_path, monitor="Firecracker", spec=spec)
         self._version = version
+        self._files = files
         self._jail = jail
         self._directory = directory
 
@@ -60,7 +62,7 @@ class FirecrackerMachine(ApiMachine):
     def connect(self, timeout_s: float) -> None:
         self._api.wait(timeout_s, self.reap)
         if not self._spec.incoming:
-            for request in fc.boot_requests(self._spec, self._version, self._files()):
+            for request in fc.boot_requests(self._spec, self._version, self._files):
                 self._api.send(request, timeout_s=CALL_S)
 
     def pause(self) -> None:
@@ -87,7 +89,6 @@ class FirecrackerMachine(ApiMachine):
         memory = self._memory_file()
         names = (str(state), str(memory))
         if self._jail is not None:
-            self._files()
             names = (jails.place(self._jail, state, "state"), jails.place(self._jail, memory, "memory"))
         taps = [network.tap for network in self._spec.networks]
         for request in fc.restore_requests(self._version, state=names[0], memory=names[1], taps=taps):
@@ -97,26 +98,24 @@ class FirecrackerMachine(ApiMachine):
         """Have the guest's balloon hold `amount_mib`; needs `reclaim`."""
         self._api.send(fc.balloon_request(amount_mib, self._version))
 
-    def close(self) -> None:
-        super().close()
-        if self._jail is not None:
-            import shutil
+    def _wait(self, options: int) -> None:
+        super()._wait(options)
+        if self._jail is not None and self._ended is not None:
+            self._ended = jails.told_by_init(self._ended)
 
-            shutil.rmtree(self._jail.root.parent, ignore_errors=True)
 
-    def _files(self) -> fc.Files:
-        """Return the machine's files as the process sees them; into a jail they are put first."""
-        spec = self._spec
-        if self._jail is None:
-            return fc.Files(str(spec.kernel), str(spec.initrd), tuple(str(disk.path) for disk in spec.disks))
-        return fc.Files(
-            jails.place(self._jail, spec.kernel, "kernel"),
-            jails.place(self._jail, spec.initrd, "initrd"),
-            tuple(
-                jails.place(self._jail, disk.path, f"d{number}", writable=not disk.readonly)
-                for number, disk in enumerate(spec.disks)
-            ),
-        )
+def _files(spec: VmSpec, jail: jails.Jail | None) -> fc.Files:
+    """Return the machine's files as the process sees them; into a jail they are put first."""
+    if jail is None:
+        return fc.Files(str(spec.kernel), str(spec.initrd), tuple(str(disk.path) for disk in spec.disks))
+    return fc.Files(
+        jails.place(jail, spec.kernel, "kernel"),
+        jails.place(jail, spec.initrd, "initrd"),
+        tuple(
+            jails.place(jail, disk.path, f"d{number}", writable=not disk.readonly)
+            for number, disk in enumerate(spec.disks)
+        ),
+    )
 
 
 def _keep(source: Path, target: Path) -> None:
@@ -178,7 +177,8 @@ class FirecrackerDriver:
 
     Args:
         binary: Its path; None: the one on PATH.
-        jail: How to lock each process in; None: as the caller's user, with Firecracker's own seccomp filter only.
+        jail: Where to lock its process in, for a driver of one machine; its directory is left for `jail.remove`.
+            None: as the caller's user, with Firecracker's own seccomp filter only.
     """
 
     name = "firecracker"
@@ -195,7 +195,8 @@ class FirecrackerDriver:
         self._jailer = jailer or find_program(JAILER) or ""
         if jail is not None and not self._jailer:
             raise FailedPreconditionError(
-                "Firecracker's jailer is not installed", fix="put the jailer of the same release on PATH"
+                "Firecracker's jailer is not installed",
+                fix="put the jailer of the same release on PATH, beside firecracker",
             )
         self._version: fc.Version | None = None
 
@@ -222,16 +223,33 @@ class FirecrackerDriver:
         jail = self._jail
         if jail is None:
             socket_path = directory / _API_SOCKET
-            arguments: tuple[str, ...] = (self.binary, "--api-sock", _API_SOCKET, "--id", _id(directory.name))
+            # Left by a process that was killed; Firecracker refuses to listen on a file that exists.
+            for stale in (socket_path, directory / "channel.sock"):
+                stale.unlink(missing_ok=True)
+            files = _files(spec, None)
+            arguments = (self.binary, "--api-sock", _API_SOCKET, "--id", _id(directory.name))
+            pid, console = spawn_with_console(arguments, keep_fds=keep_fds, directory=directory)
         else:
             socket_path = jail.root / jails.API_SOCKET
-            arguments = jails.command_line(jail, self._jailer)
-        # Left by a process that was killed; Firecracker refuses to listen on a file that exists.
-        for stale in (socket_path, socket_path.parent / "channel.sock"):
-            stale.unlink(missing_ok=True)
-        pid, console = spawn_with_console(arguments, keep_fds=keep_fds, directory=directory)
+            jails.prepare(jail)
+            files = _files(spec, jail)
+            pid, console = spawn_with_console(
+                (*jails.INIT, *jails.command_line(jail, self._jailer)),
+                keep_fds=keep_fds,
+                directory=directory,
+                fork=fork_pid_namespace,
+                # A tap is in the caller's namespace.
+                network=bool(spec.networks) or jail.netns is not None,
+            )
         return FirecrackerMachine(
-            pid, console, api_path=socket_path, spec=spec, version=self.release, directory=directory, jail=jail
+            pid,
+            console,
+            api_path=socket_path,
+            spec=spec,
+            version=self.release,
+            directory=directory,
+            files=files,
+            jail=jail,
         )
 
 

@@ -12,13 +12,15 @@ import re
 import signal
 import socket
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from remora.errors import FailedPreconditionError
 from remora.vmm.contract import Ended
 
 _PR_SET_PDEATHSIG = 1
+#: sched.h, as in unshare(2).
+_CLONE_NEWIPC, _CLONE_NEWPID, _CLONE_NEWNET = 0x08000000, 0x20000000, 0x40000000
 #: How much of what a monitor and its guest's console write is kept for error messages.
 CONSOLE_BYTES = 16384
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,11 +29,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def set_death_signal(signum: int, parent: int) -> None:
     """Have the kernel send `signum` to this process when its parent's thread ends; exits if it has ended already.
 
-    See prctl(2), PR_SET_PDEATHSIG: the setting survives execve.
+    See prctl(2), PR_SET_PDEATHSIG: the setting survives execve, and ends with a change of the user.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
-    if os.getppid() != parent:
+    # getppid(2) says 0 in the first process of a PID namespace, but /proc is still the one outside.
+    if (os.getppid() or _parent_outside()) != parent:
         os._exit(1)
+
+
+def _parent_outside() -> int:
+    with open("/proc/self/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
 
 
 def name_process(name: str) -> None:
@@ -77,23 +85,33 @@ def version_of(binary: str, pattern: str, product: str) -> str:
 
 
 def spawn(
-    arguments: Sequence[str], *, keep_fds: Iterable[int] = (), output_fd: int, directory: Path | None = None
+    arguments: Sequence[str],
+    *,
+    keep_fds: Iterable[int] = (),
+    output_fd: int,
+    directory: Path | None = None,
+    fork: Callable[[], int] = os.fork,
+    network: bool = True,
 ) -> int:
     """Start a program with stdin from /dev/null and its output to `output_fd`; returns its pid.
 
     Args:
         directory: Where it runs; None: where the caller does.
+        fork: How; `fork_pid_namespace` to make it the first process of a namespace.
+        network: False: in a network and an IPC namespace with nothing in them (root only).
 
     Raises:
         OSError: fork failed. A failing exec ends the child with status 127 and a line on `output_fd`.
     """
     parent = os.getpid()
     keep = tuple(keep_fds)
-    pid = os.fork()
+    pid = fork()
     if pid:
         return pid
     try:
         set_death_signal(signal.SIGKILL, parent)
+        if not network and _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC):
+            raise OSError(ctypes.get_errno(), "it gets no network namespace")
         os.setsid()
         if directory is not None:
             os.chdir(directory)
@@ -109,6 +127,26 @@ def spawn(
         os.write(2, f"cannot run {arguments[0]}: {error}\n".encode())
     finally:
         os._exit(127)
+
+
+def fork_pid_namespace() -> int:
+    """Fork, the child being the first process of a new PID namespace: whatever ends it ends all processes in there.
+
+    Needs root. Only this thread is concerned, and only until the call returns (pid_namespaces(7)).
+    """
+    ours = os.open("/proc/thread-self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.unshare(_CLONE_NEWPID):
+            raise OSError(ctypes.get_errno(), "no PID namespace can be made")
+        pid = -1
+        try:
+            pid = os.fork()
+        finally:
+            if pid:
+                _libc.setns(ours, _CLONE_NEWPID)
+        return pid
+    finally:
+        os.close(ours)
 
 
 class MonitorProcess:
