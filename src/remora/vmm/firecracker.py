@@ -1,4 +1,4 @@
-"""Firecracker: starts one process per microVM, tells it over its API what to be, and keeps it in a jail if run as root.
+"""Firecracker: starts one process per microVM, tells it over its API what to be, and jails it where a jail is given.
 
 The guest's channel is Firecracker's own hybrid vsock: `channel.sock` in the directory that `Machine.channel_directory`
 names, with one socket per port beside it for the guest's connects (its docs/vsock.md).

@@ -21,6 +21,7 @@ from typing import IO
 import psutil
 import pytest
 
+import fake_jailer
 import fake_vmm
 from agent_process import AgentProcess, catalogue_directory, wait_until
 from fleets import Node, connect, served
@@ -124,11 +125,13 @@ class Monitors:
 
     def firecracker(self, sandbox_id: str) -> Sandbox:
         """Boot a jailed Firecracker where Kata's Go runtime has it."""
-        binary = Path(fake_vmm.install(self._node.root, "firecracker", FIRECRACKER))
-        jailer = fake_vmm.install(self._node.root, "jailer", FIRECRACKER)
+        binary = Path(fake_vmm.install(self._node.root, "firecracker", FIRECRACKER, guest="real"))
+        jailer = fake_jailer.install(self._node.root, FIRECRACKER)
         jail = jails.Jail(self._node.root / "run/vc", sandbox_id[:32], binary, uid=0, gid=0)
         path = self._node.path("go-firecracker", sandbox_id)
         assert path.parent == jail.root
+        # The jailer wants its base made.
+        jail.base.mkdir(parents=True, exist_ok=True)
         process = self._start(jails.command_line(jail, jailer))
         names = [f"d{number}" for number in range(len(self._spec.disks))]
         api = self._api(jail.root / jails.API_SOCKET, process)

@@ -48,9 +48,11 @@ class Prison:
 
 
 @pytest.fixture
-def prison() -> Iterator[Prison]:
+def prison(remora: Remora, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prison]:
     with tempfile.TemporaryDirectory(prefix="rj-") as name:
         made = Prison(Path(name))
+        for variable, value in made.env.items():
+            monkeypatch.setitem(remora.env, variable, value)
         yield made
         wait_until(made.empty, "no jail and nobody in one to be left")
 
@@ -59,7 +61,6 @@ def test_a_command_runs_in_a_jail_as_its_user_and_leaves_nothing(remora: Remora,
     before = set(Path("/sys/fs/cgroup").glob("*/remora/*"))
     with remora.start(
         "run", *prison.options, "--no-accel", "--jail", "cgroup=pids.max=64", remora.image, "sh", "-c", "cat; exit 7",
-        env={**remora.env, **prison.env},
     ) as run:  # fmt: skip
         wait_until(lambda: [r for r in remora.records() if r["state"] == "running"], "it to run")
         (record,) = remora.records()
@@ -91,7 +92,6 @@ def test_whoever_is_killed_no_jail_is_left(remora: Remora, prison: Prison, victi
         remora.image,
         "sleep",
         "1000",
-        env={**remora.env, **prison.env},
     ) as run:
         wait_until(lambda: [r for r in remora.records() if r["state"] == "running"], "it to run")
         (record,) = remora.records()
@@ -125,7 +125,8 @@ def test_a_jailed_guest_reaches_the_agent(image: str, prison: Prison) -> None:
     try:
         code = "import remora; s = remora.connect(); print(s.ping() > 0); s.close()"
         remora = Remora(agent.control.parent, image)
-        done = remora("run", *prison.options, image, "python3", "-c", code, env=prison.env)
+        remora.env.update(prison.env)
+        done = remora("run", *prison.options, image, "python3", "-c", code)
         assert (done.stdout, done.stderr) == (b"True\n", b""), agent.log
         wait_until(lambda: "sandbox detached" in agent.log, "the sandbox to be detached")
     finally:
@@ -133,17 +134,16 @@ def test_a_jailed_guest_reaches_the_agent(image: str, prison: Prison) -> None:
 
 
 def test_two_jails_have_two_users_and_a_third_is_refused(remora: Remora, prison: Prison) -> None:
-    env = prison.env
     for _ in range(2):
-        done = remora("run", "-d", *prison.options, "--no-accel", remora.image, "sleep", "1000", env=env)
+        done = remora("run", "-d", *prison.options, "--no-accel", remora.image, "sleep", "1000")
         assert done.returncode == 0, done.stderr.decode()
     assert {record["jail"]["uid"] for record in remora.records()} == {FIRST, LAST}
-    third = remora("run", *prison.options, "--no-accel", remora.image, "true", env=env)
+    third = remora("run", *prison.options, "--no-accel", remora.image, "true")
     assert f"each user from {FIRST} to {LAST} has a microVM".encode() in third.stderr
     ids = [record["id"] for record in remora.records()]
-    said = remora("exec", ids[0], "echo", "here", env=env)
+    said = remora("exec", ids[0], "echo", "here")
     assert said.stdout == b"here\n", said.stderr
-    assert remora("rm", "-f", *ids, env=env).returncode == 0
+    assert remora("rm", "-f", *ids).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -158,19 +158,19 @@ def test_two_jails_have_two_users_and_a_third_is_refused(remora: Remora, prison:
 def test_a_jail_that_cannot_be_is_refused_with_what_to_do(
     remora: Remora, prison: Prison, options: tuple[str, ...], message: bytes
 ) -> None:
-    done = remora("run", "--no-accel", *options, remora.image, "true", env=prison.env)
+    done = remora("run", "--no-accel", *options, remora.image, "true")
     assert done.returncode in (2, 7)
     assert message in done.stderr
 
 
 def test_templates_are_refused_in_a_jail(remora: Remora, prison: Prison) -> None:
-    done = remora("template", "create", *prison.options, "--no-accel", "jailed", remora.image, env=prison.env)
+    done = remora("template", "create", *prison.options, "--no-accel", "jailed", remora.image)
     assert done.returncode == 7
     assert b"leave --jail out" in done.stderr
 
 
 def test_without_a_jailer_on_path_it_is_named(remora: Remora, prison: Prison) -> None:
     (prison.folder / "jailer").unlink()
-    done = remora("run", *prison.options, "--no-accel", remora.image, "true", env=prison.env)
+    done = remora("run", *prison.options, "--no-accel", remora.image, "true")
     assert done.returncode == 7
     assert b"put the jailer of the same release on PATH" in done.stderr
