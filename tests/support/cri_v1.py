@@ -152,6 +152,12 @@ class LinuxContainer(Message):
     security_context: ContainerSecurity | None = message(2, ContainerSecurity)
 
 
+class Device(Message):
+    container_path: str = string(1)
+    host_path: str = string(2)
+    permissions: str = string(3)
+
+
 class ContainerConfig(Message):
     metadata: ContainerMetadata | None = message(1, ContainerMetadata)
     image: ImageSpec | None = message(2, ImageSpec)
@@ -160,6 +166,7 @@ class ContainerConfig(Message):
     working_dir: str = string(5)
     envs: list[KeyValue] = message(6, KeyValue, repeated=True)
     mounts: list[Mount] = message(7, Mount, repeated=True)
+    devices: list[Device] = message(8, Device, repeated=True)
     labels: dict[str, str] = map_(9, "string", "string")
     annotations: dict[str, str] = map_(10, "string", "string")
     log_path: str = string(11)

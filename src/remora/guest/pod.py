@@ -40,6 +40,7 @@ class Pod:
         self._methods: Dict[str, Callable[[Call, Any], None]] = {
             "Configure": self._configure,
             "Create": self._create,
+            "AttachDisk": self._attach_disk,
             "Start": self._start,
             "Exec": self._exec,
             "Remove": self._remove,
@@ -95,6 +96,10 @@ class Pod:
             self._share_pids()
         call.respond(Empty())
 
+    def _attach_disk(self, call: Call, request: v1.AttachDiskRequest) -> None:
+        major, minor = self._roots.attach(request.serial, request.size_bytes)
+        call.respond(v1.AttachDiskResponse(major=major, minor=minor))
+
     def _share_pids(self) -> None:
         """Have a PID namespace at `v1.SHARED_PIDS` that lasts as long as the pod."""
         if self._pause_pid:
@@ -143,7 +148,8 @@ class Pod:
             self._containers.remove(container)
             self._ooms.forget(container.name)
             cgroup.remove(container.name)
-            call.respond(v1.RemoveResponse(released=self._roots.unmount(container.name)))
+            self._roots.unmount(container.name)
+            call.respond(Empty())
 
         self._children.when_ended(pid, deleted)
 

@@ -10,12 +10,13 @@ import os
 
 from remora.errors import FailedPreconditionError, InvalidArgumentError
 from remora.guest import rootfs, system
+from remora.guest.devices import Devices
 from remora.guest.rootfs import BASE
 from remora.wire.guest_pod_v1 import VOLUMES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Dict, List
+    from typing import Dict, List, Tuple
 
     from remora.wire.guest_pod_v1 import CreateRequest, Volume
 
@@ -34,6 +35,7 @@ class Roots:
         self._users: Dict[str, List[str]] = {}
         #: Mount points of a container, to be taken down in reverse.
         self._mounts: Dict[str, List[str]] = {}
+        self._devices = Devices()
 
     def configure(self, scratch: str) -> None:
         """Mount the writable place."""
@@ -59,6 +61,7 @@ class Roots:
             os.makedirs(path, exist_ok=True)
         mounts = self._mounts[name] = []
         disks = system.disks()
+        self._devices.use(name, request.devices)
         lower = [self._use(name, serial, disks) for serial in request.layers]
         for volume in request.volumes:
             self._volume(name, volume, disks)
@@ -71,10 +74,15 @@ class Roots:
         mounts.append(f"{folder}/rootfs")
         system.write_text(f"{folder}/config.json", bytes(request.config).decode())
 
+    def attach(self, serial: str, size_bytes: int) -> Tuple[int, int]:
+        """Return the numbers of a disk that is to be a container's device."""
+        return self._devices.attach(serial, size_bytes)
+
     def _use(self, container: str, serial: str, disks: Dict[str, str], target: str = "", readonly: bool = True) -> str:
         target = target or f"{_LAYERS}/{serial}"
         users = self._users.setdefault(serial, [])
         if not users:
+            self._devices.restore(serial)
             rootfs.mount_disk(disks, serial, target, rootfs.file_system(disks.get(serial, "")), readonly)
         if container not in users:
             users.append(container)
@@ -103,18 +111,16 @@ class Roots:
         os.chown(place, 0, volume.gid)
         os.chmod(place, volume.mode)
 
-    def unmount(self, container: str) -> List[str]:
-        """Take a container's root down; return the serials of disks that nobody uses any more."""
+    def unmount(self, container: str) -> None:
+        """Take a container's root down, and let go of disks that nobody else uses."""
         for place in reversed(self._mounts.pop(container, [])):
             system.unmount(place)
-        released = []
         for serial, users in list(self._users.items()):
             if container in users:
                 users.remove(container)
             if not users:
                 del self._users[serial]
                 system.unmount(f"{_LAYERS}/{serial}")
-                released.append(serial)
         system.remove_tree(f"{_SCRATCH}/containers/{container}")
         system.remove_tree(bundle(container))
-        return released
+        self._devices.let_go(container)

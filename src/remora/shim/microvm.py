@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from remora import paths
-from remora.errors import RemoraError, ResourceExhaustedError, UnavailableError
+from remora.errors import RemoraError, UnavailableError
 from remora.guest.kernel import OS_DISK_SERIAL, POD_ARGUMENT, kernel_arguments
 from remora.reactor import READ, Reactor
 from remora.sandboxes.clearing import process_start
@@ -25,16 +25,15 @@ from remora.sandboxes.guest import Guest, connect_when_up, identity
 from remora.sandboxes.guest_files import guest_files
 from remora.shim import boot_gate, network
 from remora.shim.settings import Settings, Size
+from remora.shim.slots import Slots
 from remora.shim.tools import run
 from remora.vmm.bridge import Bridge
-from remora.vmm.contract import Disk, Slot, SlottedMachine, VmSpec
+from remora.vmm.contract import Disk, SlottedMachine, VmSpec
 from remora.vmm.probe import accelerator
 from remora.vmm.qemu import QemuDriver
 from remora.vmm.tsc import host_tsc_khz
 from remora.wire import guest_pod_v1 as v1
 
-#: Slots for layers and snapshots. With the OS disk, the scratch disk, four cards and the channel: the machine's 24.
-SLOTS = 16
 _SCRATCH_SERIAL = "scratch"
 _QMP_TIMEOUT_S = 30.0
 T = TypeVar("T")
@@ -55,8 +54,7 @@ class MicroVm:
         self._scratch_fd = -1
         self._bridge: Bridge | None = None
         self._guest: Guest | None = None
-        self._disks = threading.Lock()
-        self._slots: dict[str, Path | None] = {f"r{number:02}": None for number in range(SLOTS)}
+        self._slots: Slots | None = None
         self.ended: RemoraError | None = None
         #: When a stage of the boot was reached, by the monotonic clock.
         self.moments: dict[str, float] = {}
@@ -66,6 +64,15 @@ class MicroVm:
     @property
     def pid(self) -> int:
         return self._machine.pid if self._machine is not None else 0
+
+    @property
+    def slots(self) -> Slots:
+        """What its disks hold, from `boot` on."""
+        assert self._slots is not None
+        return self._slots
+
+    def _alive(self) -> SlottedMachine | None:
+        return self._machine if self.ended is None else None
 
     def machine_fields(self) -> dict[str, Any]:
         """Return what a record needs so that others can end this machine (sandboxes/clearing.py)."""
@@ -134,6 +141,8 @@ class MicroVm:
         disks = [Disk(OS_DISK_SERIAL, files.disk)]
         if self._settings.scratch_mib:
             disks.append(Disk(_SCRATCH_SERIAL, self._scratch(), readonly=False))
+        # With the balloon.
+        self._slots = Slots(self._alive, len(disks) + len(net.networks) + 1)
         return VmSpec(
             kernel=files.kernel,
             initrd=files.initrd,
@@ -143,7 +152,7 @@ class MicroVm:
             accelerator=accel,
             disks=tuple(disks),
             networks=net.networks,
-            slots=tuple(Slot(serial) for serial in self._slots),
+            slots=self._slots.spec,
             reclaim=True,
         )
 
@@ -192,36 +201,6 @@ class MicroVm:
     def pod(self, method: str, request: Any, timeout_s: float | None = 60.0) -> Any:
         """Call the pod service of the guest; without `timeout_s`, until it answers or ends."""
         return self.guest.call(v1.SERVICE, method, request, v1.METHODS[method][1], timeout_s)
-
-    # -- disks ------------------------------------------------------------------------------------------------------
-
-    def insert(self, images: list[Path]) -> list[str]:
-        """Return the serials of disks with these images, put into free slots unless they are in one already.
-
-        Raises:
-            ResourceExhaustedError: the slots do not suffice.
-        """
-        with self._disks:
-            wanted = [image for image in images if image not in self._slots.values()]
-            free = [serial for serial, image in self._slots.items() if image is None]
-            if len(wanted) > len(free):
-                raise ResourceExhaustedError(
-                    f"the pod's microVM has {len(free)} free disks and the container needs {len(wanted)}",
-                    fix="build its image with fewer layers, or share layers between the pod's images",
-                )
-            assert self._machine is not None
-            for image, serial in zip(wanted, free, strict=False):
-                self._machine.insert(serial, image)
-                self._slots[serial] = image
-            return [next(s for s, image in self._slots.items() if image == wanted) for wanted in images]
-
-    def release(self, serials: list[str]) -> None:
-        """Empty the slots that the guest no longer uses."""
-        with self._disks:
-            for serial in serials:
-                if self._slots.get(serial) is not None and self._machine is not None and self.ended is None:
-                    self._machine.eject(serial)
-                    self._slots[serial] = None
 
     # -- the reactor's thread ---------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from remora.errors import RemoraError, UnavailableError
 from remora.reactor import Reactor
 from remora.sandboxes.agent_link import AgentLink
 from remora.sandboxes.registry import Record, Registry, write_state
-from remora.shim import cgroups, identity, network, resizing, settings, spec, syncing, volumes
+from remora.shim import cgroups, devices, identity, network, resizing, settings, spec, syncing, volumes
 from remora.shim.layers import LayerCache, pack
 from remora.shim.microvm import MicroVm
 from remora.shim.portforward import PortForward
@@ -170,14 +170,17 @@ class Pod:
             return one.guest_source
 
         hostname = config.get("hostname") or self._sandbox_config.get("hostname") or self._sandbox_id[:12]
+        asked = devices.asked(config)
         guest_config = spec.guest_config(config, task.id, resolve, hostname)
         self._attach(config)
         root = os.path.join(task.bundle, (config.get("root") or {}).get("path") or "rootfs")
         images = LayerCache(paths.state_dir()).images(request.rootfs, root, vm.directory / f"root-{task.id[:64]}.erofs")
         snapshots = {one.volume.name: self._snapshot(one.volume) for one in found if one.volume.kind == "snapshot"}
-        serials = vm.insert([*images, *snapshots.values()])
-        disks = dict(zip(snapshots, serials[len(images) :], strict=True))
         try:
+            serials = vm.slots.insert(task.id, [*images, *snapshots.values()])
+            disks = dict(zip(snapshots, serials[len(images) :], strict=True))
+            attached = [self._attach_disk(task, device) for device in asked]
+            spec.give_devices(guest_config, [device for _, device in attached])
             self._send_copies([one.volume for one in found if one.volume.kind == "synced"])
             create = v1.CreateRequest(
                 id=task.id,
@@ -185,6 +188,7 @@ class Pod:
                 layers=serials[: len(images)],
                 volumes=[_guest_volume(one.volume, disks) for one in found if one.volume.kind != "synced"],
                 shared_pids=spec.shares_pids(config),
+                devices=[serial for serial, _ in attached],
             )
             # A directory of the guest gets its content before a container sees it, and a subPath its directory.
             vm.pod("Create", create)
@@ -192,7 +196,7 @@ class Pod:
             self._seed(found)
         except BaseException:
             self._take_back(task)
-            vm.release(serials)
+            vm.slots.release(task.id)
             raise
         task.returned = [one.volume for one in found if one.volume.returned]
 
@@ -200,8 +204,14 @@ class Pod:
         """Take a container out of the guest and give its disks back."""
         if task.in_guest and self._vm is not None and self._vm.ended is None:
             task.in_guest = False
-            removed = self._vm.pod("Remove", v1.ContainerRequest(id=task.id))
-            self._vm.release(list(removed.released))
+            self._vm.pod("Remove", v1.ContainerRequest(id=task.id))
+            self._vm.slots.release(task.id)
+
+    def _attach_disk(self, task: Task, device: devices.BlockDevice) -> tuple[str, spec.GuestDevice]:
+        """Make a block device of the host a disk of the microVM; return its serial and what it is in the guest."""
+        serial, size_bytes = self.vm.slots.attach(task.id, device)
+        found = self.vm.pod("AttachDisk", v1.AttachDiskRequest(serial=serial, size_bytes=size_bytes))
+        return serial, (device, found.major, found.minor)
 
     def update(self, task: Task, resources: dict[str, Any]) -> None:
         """Change the limits of a container that runs.

@@ -7,10 +7,11 @@ by name, before anything is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from remora.errors import InvalidArgumentError
+from remora.shim.devices import BlockDevice
 from remora.wire import guest_pod_v1 as guest
 
 #: The accelerator's door, as every container sees it.
@@ -23,11 +24,10 @@ _KERNEL_MOUNTS = ("proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgrou
 #: What a host's driver adds to a container and a microVM has no use for.
 _DROPPED_RESOURCES = ("devices", "hugepageLimits", "network", "rdma", "blockIO", "unified")
 
-#: Major number of misc devices (Documentation/admin-guide/devices.txt).
-_MISC = 10
-
 #: Returns where in the guest a bind mount's source is; raises for what cannot be had.
 Resolve = Callable[[dict[str, Any]], str]
+#: A block device that was asked for, and its major and minor number in the guest.
+GuestDevice = tuple[BlockDevice, int, int]
 
 
 class Kind(NamedTuple):
@@ -61,7 +61,7 @@ def network_namespace(config: dict[str, Any]) -> str | None:
 
 
 def guest_config(config: dict[str, Any], container_id: str, resolve: Resolve, hostname: str) -> dict[str, Any]:
-    """Return the config.json for the guest.
+    """Return the config.json for the guest, without devices (`give_devices`).
 
     Raises:
         InvalidArgumentError: something in it is the host's and cannot be had; the message names it.
@@ -79,14 +79,24 @@ def guest_config(config: dict[str, Any], container_id: str, resolve: Resolve, ho
         "linux": {
             "cgroupsPath": f"{guest.CGROUP_PARENT}/{container_id}",
             "namespaces": _guest_namespaces(config),
-            "resources": {**guest_resources(resources), "devices": _device_rules(linux)},
-            "devices": _devices(linux),
+            "resources": {**guest_resources(resources), "devices": [{"allow": False, "access": "rwm"}]},
+            "devices": [],
             "maskedPaths": linux.get("maskedPaths") or [],
             "readonlyPaths": linux.get("readonlyPaths") or [],
             **({"seccomp": linux["seccomp"]} if linux.get("seccomp") else {}),
             **({"sysctl": _own_sysctls(config)} if _own_sysctls(config) else {}),
         },
     }
+
+
+def give_devices(made: dict[str, Any], devices: Sequence[GuestDevice]) -> None:
+    """Add block devices to what `guest_config` returned. The guest's other disks and its channel stay denied, to root
+    as well; /dev/null and its kin are made by crun, as in any container."""
+    for device, major, minor in devices:
+        node = {"path": device.path, "type": "b", "major": major, "minor": minor}
+        made["linux"]["devices"].append({**node, "fileMode": device.mode, "uid": device.uid, "gid": device.gid})
+        rule = {"allow": True, "type": "b", "major": major, "minor": minor, "access": device.access}
+        made["linux"]["resources"]["devices"].append(rule)
 
 
 def guest_process(process: dict[str, Any], *, first: bool = False) -> dict[str, Any]:
@@ -163,12 +173,6 @@ def _refuse(config: dict[str, Any]) -> None:
             f"the container has OCI hooks ({', '.join(named)}), which run programs of the host",
             fix="remove what injects them (a device runtime, for instance) from this runtime class",
         )
-    for device in (config.get("linux") or {}).get("devices") or []:
-        if not _is_common(device):
-            raise InvalidArgumentError(
-                f"the device {device.get('path')} is the host's, and a microVM shares none",
-                fix="remove it; block volumes (volumeDevices) and privileged: true with host devices cannot be had",
-            )
     if any(n.get("type") == "user" for n in _namespaces(config)):
         raise InvalidArgumentError(
             "user namespaces (hostUsers: false) are not passed into the microVM",
@@ -201,25 +205,6 @@ def _own_mounts() -> list[dict[str, Any]]:
         return {"destination": destination, "type": "bind", "source": source, "options": options}
 
     return [own(guest.SHARED, "/run/remora"), own(guest.SDK, SDK)]
-
-
-def _device_rules(linux: dict[str, Any]) -> list[dict[str, Any]]:
-    """Allow what the container's own devices are; the guest's disks and channel are not for it, root or not."""
-    rules: list[dict[str, Any]] = [{"allow": False, "access": "rwm"}]
-    for device in _devices(linux):
-        rule = {"allow": True, "type": device["type"], "major": device["major"], "minor": device["minor"]}
-        rules.append({**rule, "access": "rwm"})
-    return rules
-
-
-def _devices(linux: dict[str, Any]) -> list[dict[str, Any]]:
-    # /dev/null and its kin are made by crun, as in any container.
-    return [device for device in linux.get("devices") or [] if device.get("major") == _MISC]
-
-
-def _is_common(device: dict[str, Any]) -> bool:
-    """True for devices that are the same in every kernel: misc (/dev/fuse, /dev/net/tun), memory and terminals."""
-    return device.get("type") in ("c", "u") and device.get("major") in (1, 5, _MISC)
 
 
 def _own_sysctls(config: dict[str, Any]) -> dict[str, str]:

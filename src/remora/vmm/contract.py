@@ -159,6 +159,10 @@ class SlottedMachine(Machine, Protocol):
         """Put a medium into a slot. Its size is the slot's, whatever the file's: what lies behind the file's end is
         not to be read."""
 
+    def insert_device(self, serial: str, fd: int) -> None:
+        """Put an open block device of the host into a slot; the machine keeps a copy of the descriptor until `eject`.
+        What the guest flushes reaches the device before its flush is answered."""
+
     def eject(self, serial: str) -> None:
         """Empty a slot that the guest no longer uses."""
 

@@ -119,6 +119,7 @@ def command_line(
         arguments += ["-drive", drive, "-device", f"virtio-blk-device,drive=d{number},serial={disk.serial}"]
     for slot in spec.slots:
         node = {"driver": "raw", "node-name": slot.serial, "read-only": slot.readonly, "file": _empty(slot.readonly)}
+        node["discard"] = "unmap"
         arguments += ["-blockdev", json.dumps(node)]
         arguments += ["-device", f"virtio-blk-device,drive={slot.serial},serial={slot.serial}"]
     for number, network in enumerate(spec.networks):
@@ -173,6 +174,8 @@ class QemuMachine(MonitorProcess):
         self._media = 0
         #: The node that a command has put into a slot.
         self._inserted: dict[str, str] = {}
+        #: Descriptors behind a slot's medium.
+        self._fd_sets: dict[str, int] = {}
 
     @property
     def channel_directory(self) -> Path:
@@ -229,14 +232,29 @@ class QemuMachine(MonitorProcess):
     def insert(self, serial: str, path: Path) -> None:
         self._change(serial, {"driver": "file", "filename": str(path), "read-only": self._slots[serial]})
 
+    def insert_device(self, serial: str, fd: int) -> None:
+        added = int(self._qmp.command("add-fd", fds=[fd])["fdset-id"])
+        readonly = self._slots[serial]
+        # Whoever opened it has claimed it, which holds against more than other QEMUs.
+        medium = {"driver": "host_device", "filename": f"/dev/fdset/{added}", "read-only": readonly, "locking": "off"}
+        try:
+            self._change(serial, {**medium, "discard": "unmap"})
+        except BaseException:
+            self._qmp.command("remove-fd", {"fdset-id": added})
+            raise
+        self._fd_sets[serial] = added
+
     def eject(self, serial: str) -> None:
         self._change(serial, _empty(self._slots[serial]))
+        if (added := self._fd_sets.pop(serial, None)) is not None:
+            self._qmp.command("remove-fd", {"fdset-id": added})
 
     def _change(self, serial: str, medium: dict[str, Any]) -> None:
         self._media += 1
         node = f"medium{self._media}"
         self._qmp.command("blockdev-add", {"node-name": node, **medium})
         whole = {"driver": "raw", "node-name": serial, "read-only": self._slots[serial], "file": node}
+        whole["discard"] = "unmap"
         try:
             self._qmp.command("blockdev-reopen", {"options": [whole]})
         except FailedPreconditionError:

@@ -93,6 +93,21 @@ class CreateRequest(Message):
     volumes: list[Volume] = message(4, Volume, repeated=True)
     #: The container joins the pod's PID namespace, which is made if need be: `/proc/self/ns/...` of PAUSE.
     shared_pids: bool = bool_(5)
+    #: Serials of disks that are the container's devices, of AttachDisk.
+    devices: list[str] = string(6, repeated=True)
+
+
+class AttachDiskRequest(Message):
+    """Before the Create that names it: a disk's medium is a device that a container is to see in its true size."""
+
+    serial: str = string(1)
+    size_bytes: int = uint64(2)
+
+
+class AttachDiskResponse(Message):
+    #: Of the device node in the guest.
+    major: int = uint32(1)
+    minor: int = uint32(2)
 
 
 class StartRequest(Message):
@@ -115,11 +130,6 @@ class ExecRequest(Message):
 
 class ContainerRequest(Message):
     id: str = string(1)
-
-
-class RemoveResponse(Message):
-    #: Disks that no container uses any more.
-    released: list[str] = string(1, repeated=True)
 
 
 class UpdateRequest(Message):
@@ -210,10 +220,11 @@ class GetFileResponse(Message):
 METHODS: dict[str, tuple[type[Message], type[Message]]] = {
     "Configure": (ConfigureRequest, Empty),
     "Create": (CreateRequest, Empty),
+    "AttachDisk": (AttachDiskRequest, AttachDiskResponse),
     "Start": (StartRequest, StartResponse),
     "Exec": (ExecRequest, StartResponse),
     # Ends what still runs of the container and takes its root down.
-    "Remove": (ContainerRequest, RemoveResponse),
+    "Remove": (ContainerRequest, Empty),
     "Pause": (ContainerRequest, Empty),
     "Resume": (ContainerRequest, Empty),
     "Update": (UpdateRequest, Empty),

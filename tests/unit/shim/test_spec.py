@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from remora.errors import InvalidArgumentError
-from remora.shim import spec
+from remora.shim import devices, spec
 from remora.wire import guest_pod_v1 as guest
 
 
@@ -122,16 +122,56 @@ def test_what_cannot_be_had_is_refused_by_name(changes: dict[str, Any], name: st
         made(config(**changes))
 
 
-def test_only_devices_that_every_kernel_has_are_passed_on() -> None:
+def block_config(access: str = "rwm", **changes: Any) -> dict[str, Any]:
     value = config()
-    fuse = {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
-    value["linux"]["devices"] = [fuse, {"path": "/dev/null", "type": "c", "major": 1, "minor": 3}]
-    result = made(value)["linux"]
-    assert result["devices"] == [fuse]
-    assert {"allow": True, "type": "c", "major": 10, "minor": 229, "access": "rwm"} in result["resources"]["devices"]
-    value["linux"]["devices"] = [{"path": "/dev/xvda", "type": "b", "major": 202, "minor": 0}]
-    with pytest.raises(InvalidArgumentError, match="/dev/xvda"):
-        made(value)
+    device = {
+        "path": "/dev/xvda",
+        "type": "b",
+        "major": 7,
+        "minor": 3,
+        "fileMode": 0o640,
+        "uid": 5,
+        "gid": 6,
+        **changes,
+    }
+    value["linux"]["devices"] = [device, {"path": "/dev/null", "type": "c", "major": 1, "minor": 3}]
+    rule = {"allow": True, "type": "b", "major": 7, "minor": 3, "access": access}
+    value["linux"]["resources"]["devices"] = [{"allow": False, "access": "rwm"}, rule]
+    return value
+
+
+def test_a_block_device_is_given_by_its_number_in_the_guest_with_owner_mode_and_access() -> None:
+    value = block_config("r")
+    (device,) = devices.asked(value)
+    assert (device.major, device.minor, device.writable) == (7, 3, False)
+    result = made(value)
+    assert result["linux"]["devices"] == []
+    spec.give_devices(result, [(device, 254, 16)])
+    node = {"path": "/dev/xvda", "type": "b", "major": 254, "minor": 16, "fileMode": 0o640, "uid": 5, "gid": 6}
+    assert result["linux"]["devices"] == [node]
+    rule = {"allow": True, "type": "b", "major": 254, "minor": 16, "access": "r"}
+    assert result["linux"]["resources"]["devices"] == [{"allow": False, "access": "rwm"}, rule]
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (block_config(path="/dev/fuse", type="c", major=10, minor=229), "/dev/fuse .*takes only block devices"),
+        (block_config(path="/dev/nvidia0", type="c", major=195, minor=0), "/dev/nvidia0"),
+        (block_config(path="/dev/pipe", type="p"), "/dev/pipe"),
+        (block_config("m"), "/dev/xvda .*no cgroup rule"),
+        (block_config(minor=4), "no cgroup rule"),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused_by_name(value: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=name):
+        devices.asked(value)
+
+
+def test_a_later_rule_takes_back_what_an_earlier_one_gave() -> None:
+    value = block_config()
+    value["linux"]["resources"]["devices"].append({"allow": False, "access": "w"})
+    assert devices.asked(value)[0].access == "rm"
 
 
 def test_a_container_outside_kubernetes_is_a_microvm_of_its_own() -> None:
