@@ -1,4 +1,8 @@
-"""The programs of a Kubernetes cluster: those on PATH, or built once from their Go modules into a cache by version."""
+"""The programs of a Kubernetes cluster: those on PATH, or built once from their Go modules into a cache by version.
+
+Those on PATH count if the release fits: nothing older than what is built, in the same major version. The parts of
+Kubernetes come from PATH all together and of one minor release, or not at all.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,10 @@ PROGRAMS = {
     "helm": ("helm", "helm.sh/helm/v3", "helm.sh/helm/v3/cmd/helm"),
     "coredns": ("coredns", "github.com/coredns/coredns", "."),
 }
+#: How a program tells its version, where `--version` is not the way.
+_ASKED = {"kubectl": ("version", "--client"), "helm": ("version", "--short"), "coredns": ("-version",)}
+#: kube-apiserver 1.34 wants etcd 3.5.21 at least (its CHANGELOG).
+_ETCD = (3, 5)
 #: The first build compiles some 3,000 packages.
 BUILD_S = 5400.0
 
@@ -40,14 +48,14 @@ def cached(program: str) -> Path:
 
 
 def build() -> dict[str, Path]:
-    """Return the programs: all from PATH, or else from the cache, where what is missing is built, which takes long."""
-    on_path = {name: shutil.which(name) for name in PROGRAMS}
-    if all(on_path.values()):
-        return {name: Path(path) for name, path in on_path.items() if path}
+    """Return the programs: from PATH, or else from the cache, where what is missing is built, which takes long."""
+    found = _kubernetes_on_path()
     for name in PROGRAMS:
-        if not cached(name).is_file():
-            _build(name)
-    return {name: cached(name) for name in PROGRAMS}
+        if name not in found:
+            found[name] = cached(name) if PROGRAMS[name][0] == "binaries" else find(name)
+            if not found[name].is_file():
+                _build(name)
+    return found
 
 
 def find(program: str) -> Path:
@@ -56,11 +64,44 @@ def find(program: str) -> Path:
     Raises:
         FileNotFoundError: it is nowhere, and there is no Go to build it with.
     """
-    if on_path := shutil.which(program):
-        return Path(on_path)
+    if (path := shutil.which(program)) and _fits(program, path):
+        return Path(path)
     if not cached(program).is_file():
         _build(program)
     return cached(program)
+
+
+def _kubernetes_on_path() -> dict[str, Path]:
+    """Return etcd and the parts of Kubernetes; nothing if one is missing, or they are not of one release that fits."""
+    names = [name for name, (folder, _, _) in PROGRAMS.items() if folder == "binaries"]
+    found = {name: path for name in names if (path := shutil.which(name))}
+    if set(found) != set(names) or not all(_fits(name, path) for name, path in found.items()):
+        return {}
+    releases = {_release(name, path) for name, path in found.items() if name != "etcd"}
+    return {name: Path(path) for name, path in found.items()} if len(releases) == 1 else {}
+
+
+def _fits(program: str, path: str) -> bool:
+    wanted = _ETCD if program == "etcd" else _numbers(version(program))
+    release = _release(program, path)
+    if wanted is None or release is None or release < wanted or release[0] != wanted[0]:
+        print(f"{path} is not used: its release is {release}, and {wanted} or newer is wanted", file=sys.stderr)
+        return False
+    return True
+
+
+def _release(program: str, path: str) -> tuple[int, int] | None:
+    """Return the major and minor version that a program says it has; None if it says none."""
+    command = [path, *_ASKED.get(program, ("--version",))]
+    try:
+        return _numbers(subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _numbers(text: str) -> tuple[int, int] | None:
+    match = re.search(r"(\d+)\.(\d+)", text)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def _build(name: str) -> None:
