@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import atexit
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import run_leftovers
 from fake_workers import FakeBlock, FakeJob
 from remora.agent.core import Core
 from remora.agent.identity import Identity
@@ -142,7 +141,7 @@ class FuzzAgent:
     """A core, and the faults that it heard of: there must be none."""
 
     def __init__(self) -> None:
-        state = Path(tempfile.mkdtemp(prefix="remora-fuzz-"))
+        state = run_leftovers.directory("remora-fuzz-")
         atexit.register(shutil.rmtree, state, ignore_errors=True)
         self.faults: list[BaseException] = []
         self.reactor = Reactor(self.faults.append)

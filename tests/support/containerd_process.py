@@ -9,11 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 
+import run_leftovers
 from container_images import busybox_layer, file_layer, write_archive
 from cri_client import Cri, CriError
 from cri_v1 import Empty, SandboxList
@@ -133,8 +133,8 @@ class Containerd:
         subnet: str = "",
         remora: bool = True,
     ) -> None:
-        self.base = Path(tempfile.mkdtemp(prefix="remora-ctd-"))
         self.bridge = f"rmt{index}x{os.getpid() % 100000}"
+        self.base = run_leftovers.directory("remora-ctd-", *(() if node else (self.bridge,)))
         self.subnet = subnet or f"10.213.{index + 1}"
         self.runtime = self.base / "r"
         self._process: subprocess.Popen[bytes] | None = None

@@ -23,13 +23,13 @@ import socket
 import socketserver
 import subprocess
 import sys
-import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import run_leftovers
 from remora.guest.kernel import host_tsc_khz
 from remora.vmm.firecracker_api import Version
 from remora.vmm.process import set_death_signal
@@ -148,7 +148,7 @@ class RealGuest:
 
     def start(self, channel: Path) -> None:
         # Not in the machine's own directory: its path may be as long as a socket's may be.
-        folder = Path(tempfile.mkdtemp(prefix="fakevmm"))
+        folder = run_leftovers.directory("fakevmm")
         self._backend = VhostVsock(folder / "vhost", channel.absolute().parent, name=channel.name)
         argv = [
             *self._argv,

@@ -10,13 +10,13 @@ import queue
 import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import run_leftovers
 from remora.errors import UnavailableError
 from remora.guest.channel import Channel
 from remora.guest.kernel import CHANNEL_PORT_NAME, OS_DISK_SERIAL, host_tsc_khz, kernel_arguments
@@ -190,7 +190,7 @@ class GuestVm:
         self.layers = [OS_DISK_SERIAL, *self.serials]
 
     def __enter__(self) -> GuestVm:
-        self._folder = Path(tempfile.mkdtemp(prefix="remora-guest-"))
+        self._folder = run_leftovers.directory("remora-guest-")
         self._console = self._folder / "console"
         path = self._folder / "channel"
         self._listener = socket.socket(socket.AF_UNIX)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import kubernetes_binaries
+import run_leftovers
 from api_only_cluster import ApiOnlyCluster
 from cluster_objects import add_dns_image, dns
 from kubernetes_client import is_ready
@@ -32,7 +33,7 @@ class Cluster(ApiOnlyCluster):
 
     def __init__(self, binaries: Mapping[str, Path], nodes: int = 2, *, remora: bool = True) -> None:
         self._network = NodeNetwork()
-        super().__init__(binaries, Path(tempfile.mkdtemp(prefix="remora-kube-")), self._network.address)
+        super().__init__(binaries, run_leftovers.directory("remora-kube-", self._network.bridge), self._network.address)
         self._count = nodes
         self._remora = remora
         self.nodes: list[Node] = []

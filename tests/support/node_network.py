@@ -30,23 +30,23 @@ class NodeNetwork:
 
     def __init__(self) -> None:
         number = os.getpid()
-        self._bridge = f"rmk{number % 100000}"
+        self.bridge = f"rmk{number % 100000}"
         self._prefix = f"10.215.{number % 250}"
         self._count = 0
         #: The host's address on the bridge: the API server's.
         self.address = f"{self._prefix}.1"
 
     def start(self) -> None:
-        _ip("link", "add", self._bridge, "type", "bridge")
-        _ip("addr", "add", f"{self.address}/24", "dev", self._bridge)
-        _ip("link", "set", self._bridge, "up")
+        _ip("link", "add", self.bridge, "type", "bridge")
+        _ip("addr", "add", f"{self.address}/24", "dev", self.bridge)
+        _ip("link", "set", self.bridge, "up")
 
     def add_node(self, node: NodeSpaces, pods: str) -> str:
         """Connect a node, with routes from everywhere to its `pods`; return its address."""
         index, self._count = self._count, self._count + 1
-        address, outside = f"{self._prefix}.{index + 2}", f"{self._bridge}v{index}"
+        address, outside = f"{self._prefix}.{index + 2}", f"{self.bridge}v{index}"
         _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", str(node.pid))
-        _ip("link", "set", outside, "master", self._bridge, "up")
+        _ip("link", "set", outside, "master", self.bridge, "up")
         node.run("ip", "link", "set", "lo", "up")
         node.run("ip", "addr", "add", f"{address}/24", "dev", "eth0")
         node.run("ip", "link", "set", "eth0", "up")
@@ -58,7 +58,7 @@ class NodeNetwork:
         return address
 
     def close(self) -> None:
-        subprocess.run(["ip", "link", "del", self._bridge], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
 
 
 def _ip(*arguments: str) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+import run_leftovers
 from microvms import Remora, build_image, wait_until
 from remora.sandboxes.leftovers import find_leftovers
 
@@ -25,14 +24,16 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def remora(image: str) -> Iterator[Remora]:
     # Not below pytest's long temporary directory: socket paths must stay short.
-    runtime = Path(tempfile.mkdtemp(prefix="rr-"))
+    made = run_leftovers.directory("rr-")
+    runtime = made / "r"
+    runtime.mkdir()
     os.environ["REMORA_RUNTIME_DIR"] = str(runtime)
     try:
         yield Remora(runtime, image)
         wait_until(lambda: not find_leftovers(runtime), f"no leftovers, but there are {find_leftovers(runtime)}", 20)
     finally:
         del os.environ["REMORA_RUNTIME_DIR"]
-        shutil.rmtree(runtime, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

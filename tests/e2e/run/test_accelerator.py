@@ -7,12 +7,12 @@ import secrets
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import run_leftovers
 from microvms import Remora, wait_until
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
@@ -57,7 +57,7 @@ class Agent:
 
 @pytest.fixture(scope="module")
 def host(image: str) -> Iterator[tuple[Remora, Agent]]:
-    directory = Path(tempfile.mkdtemp(prefix="ra-"))
+    directory = run_leftovers.directory("ra-")
     remora = Remora(directory / "run", image)
     agent = Agent(remora, directory / "agent")
     agent.start()
