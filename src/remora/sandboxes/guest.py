@@ -23,6 +23,8 @@ MAIN = "main"
 CALL_TIMEOUT_S = 30.0
 #: How soon a guest that is not up yet is tried again.
 RETRY_S = 0.01
+#: The largest is a list of some ten thousand processes. A guest decides itself what it sends, on every call that waits.
+MAX_ANSWER_BYTES = 256 << 10
 
 
 def identity(sandbox: str, hostname: str) -> v1.Identity:
@@ -53,7 +55,8 @@ class Guest:
             UnavailableError: the guest does not answer.
         """
         self._directory = directory
-        self._client = Client(channel.connect(directory, v1.CONTROL_PORT, timeout_s))
+        sock = channel.connect(directory, v1.CONTROL_PORT, timeout_s)
+        self._client = Client(sock, max_message_bytes=MAX_ANSWER_BYTES)
 
     def __enter__(self) -> Guest:
         return self
@@ -100,8 +103,10 @@ class Guest:
         response: v1.WaitResponse = self._call("Wait", v1.WaitRequest(id=process_id, drain_s=drain_s), timeout_s)
         return response
 
-    def signal(self, process_id: str, signum: int, *, everything: bool = False) -> None:
-        self._call("Signal", v1.SignalRequest(id=process_id, signal=signum, all=everything))
+    def signal(
+        self, process_id: str, signum: int, *, everything: bool = False, timeout_s: float = CALL_TIMEOUT_S
+    ) -> None:
+        self._call("Signal", v1.SignalRequest(id=process_id, signal=signum, all=everything), timeout_s)
 
     def resize(self, process_id: str, rows: int, columns: int) -> None:
         self._call("Resize", v1.ResizeRequest(id=process_id, rows=rows, columns=columns))

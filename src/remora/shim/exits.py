@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 
-from remora.errors import RemoraError
+from remora.errors import ProtocolError, RemoraError, UnavailableError
 from remora.reactor import Reactor
 from remora.shim.events import Publisher, timestamp
 from remora.shim.oom import OomEvents
@@ -19,6 +19,8 @@ from remora.wire import containerd as c
 
 #: Output may take so long after the end: a child that inherited it may keep it open for ever.
 DRAIN_S = 2.0
+#: A microVM that ends takes its control connection along, and is known to have ended within so long.
+_LOST_S = 1.0
 #: Of a process (wait(2)); 128 and the signal is less.
 _MOST_STATUS = 255
 
@@ -47,9 +49,25 @@ class Exits:
             process.exited_ns = time.time_ns()
             if not process.exec_id:
                 self._pod.bring_back(task)
+        except (ProtocolError, UnavailableError):
+            # Its processes go with it. One that has only broken off is ended: nobody knows any more what it does.
+            self._reactor.post(lambda: self._lost(process))
         except RemoraError:
-            pass  # the guest is gone, and its processes with it
+            pass  # an answer as well: it knows of no such process
         self._reactor.post(lambda: self._ended(task, process, status, oom_kills))
+
+    def _lost(self, process: Process) -> None:
+        why = f"the guest has broken off control while {process.guest_id} ran"
+        self._reactor.call_later(_LOST_S, lambda: self._pod.give_up(why))
+
+    def killed(self, process: Process) -> None:
+        """A process has been sent SIGKILL: see that it ends, whatever its guest says. Reactor's thread only."""
+
+        def look() -> None:
+            if process.runs:
+                self._pod.give_up(f"{process.guest_id} goes on {self._pod.kill_timeout_s:g} s after SIGKILL")
+
+        self._reactor.call_later(self._pod.kill_timeout_s, look)
 
     def _ended(self, task: Task, process: Process, status: int, oom_kills: int) -> None:
         process.exited_ns = process.exited_ns or time.time_ns()

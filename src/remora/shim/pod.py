@@ -129,6 +129,17 @@ class Pod:
         if self._vm is not None:
             self._vm.kill()
 
+    def give_up(self, why: str) -> None:
+        """End a microVM whose guest does not do its part any more; one that has ended stays as it is. Any thread."""
+        vm = self._vm
+        if vm is not None and vm.ended is None:
+            print(f"remora shim: {why}: the pod's microVM is ended", file=sys.stderr)
+            vm.kill()
+
+    @property
+    def kill_timeout_s(self) -> float:
+        return self._settings.kill_timeout_s
+
     def close(self) -> None:
         """Leave nothing of the pod but its cgroup, in which we still are; harmless a second time."""
         vm, self._vm = self._vm, None

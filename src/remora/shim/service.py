@@ -16,6 +16,7 @@ from typing import Any
 import remora
 from remora.errors import (
     AlreadyExistsError,
+    DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
@@ -38,6 +39,8 @@ from remora.wire.ttrpc.calls import Call
 _GONE = "process already finished: not found"
 #: A container that was killed may not delay the deletion of its pod.
 _REMOVE_S = 10.0
+#: A guest that does not take a signal within this time is silent.
+_SIGNAL_S = 10.0
 #: What was being made for somebody who has gone may take so long to be undone.
 _ABANDON_S = 5.0
 #: Answers are made in the reactor's thread, work in a thread of its own.
@@ -300,10 +303,15 @@ class TaskService:
         if process.status == c.CREATED:
             self._reactor.post(lambda: self._exits.never_started(task, 128 + request.signal))
             return c.Empty()
-        if task.process.status == c.PAUSED and request.signal == 9:
-            self._set_frozen(task, False)
+        if request.signal == 9:
+            self._reactor.post(lambda: self._exits.killed(process))
         try:
-            self.pod.vm.guest.signal(process.guest_id, request.signal, everything=request.all)
+            if task.process.status == c.PAUSED and request.signal == 9:
+                self._set_frozen(task, False)
+            self.pod.vm.guest.signal(process.guest_id, request.signal, everything=request.all, timeout_s=_SIGNAL_S)
+        except DeadlineExceededError as error:
+            # It is on its way. Whoever stops the container waits for its end, not for this answer, and then kills it.
+            self._reactor.on_error(error)
         except (NotFoundError, UnavailableError) as error:
             # Its microVM has ended in this moment, too: the exit is on its way, and who stops a pod goes on by this.
             raise NotFoundError(_GONE) from error

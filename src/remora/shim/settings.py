@@ -7,6 +7,7 @@
     max_cpus = 64
     scratch = "10G"          # writable layers and emptyDirs, sparse; "0": in the guest's memory
     boot_timeout = "60s"
+    kill_timeout = "60s"     # a microVM in which a killed process has not ended by then is ended itself
 
     [accelerator]
     enabled = true
@@ -43,6 +44,7 @@ class Settings(NamedTuple):
     max_cpus: int = 64
     scratch_mib: int = 10 << 10
     boot_timeout_s: float = 60.0
+    kill_timeout_s: float = 60.0
     accelerator: bool = True
     control_socket: Path | None = None
 
@@ -103,6 +105,8 @@ def _set(settings: Settings, key: str, value: Any) -> Settings:
             return settings._replace(scratch_mib=parse_size_mib(value))
         case "vm.boot_timeout":
             return settings._replace(boot_timeout_s=parse_duration_s(value))
+        case "vm.kill_timeout":
+            return settings._replace(kill_timeout_s=parse_duration_s(value))
         case "accelerator.enabled":
             return settings._replace(accelerator=bool(value))
         case "accelerator.control":

@@ -63,13 +63,18 @@ __all__ = [
     "Writable",
 ]
 
+#: What all streams that the peer has opened may hold here, in windows, besides the least of each.
+_PEER_WINDOWS = 64
+_LEAST_WINDOW_BYTES = 16384
+
 
 class Mux:
     """One end. Streams are named by numbers: odd ones were opened by the initiator.
 
     Args:
         initiator: True at exactly one end (the host).
-        window_bytes: What the peer may send on a stream before `consumed` makes room.
+        window_bytes: What the peer may send on a stream before `consumed` makes room; less on the further ones of very
+            many that it has opened itself.
         max_streams: Streams at once, opened by either end; the peer's surplus is rejected.
         flush: Send padding before the first HELLO, because the peer may wait for the rest of a frame that another
             process began. False only where the peer is new as well (cold boot).
@@ -88,7 +93,9 @@ class Mux:
         self._first_id = 1 if initiator else 2
         self._next_id = self._first_id
         self._window_bytes = window_bytes
-        self._grant_bytes = min(GRANT_BYTES, max(1, window_bytes // 2))
+        self._least_bytes = min(window_bytes, _LEAST_WINDOW_BYTES)
+        #: Of the streams that the peer has opened: the windows that they were given.
+        self._peer_windows_bytes = 0
         self._room_bytes = max(window_bytes, MIN_ROOM_BYTES)
         self._max_streams = max_streams
         # Each stream may have a few control frames of its own under way; what is beyond comes from a peer that
@@ -181,6 +188,7 @@ class Mux:
         self._control.clear()
         self._turns.clear()
         streams, self._streams = self._streams, {}
+        self._peer_windows_bytes = 0
         self._events.extend(Reset(stream_id, RESTARTED) for stream_id in streams)
 
     def _on_data(self, stream_id: int, payload: memoryview) -> None:
@@ -252,7 +260,8 @@ class Mux:
         self._next_id += 2
         self._streams[stream.id] = stream
         self._queue_control(frames.OPEN, stream.id, port)
-        self._grant(stream, self._window_bytes)
+        stream.window = self._window_bytes
+        self._grant(stream, stream.window)
         return stream.id
 
     def accept(self, stream_id: int) -> None:
@@ -261,7 +270,11 @@ class Mux:
             return  # the peer has reset it meanwhile
         stream.accepted = True
         self._queue_control(frames.ACCEPT, stream_id, 0)
-        self._grant(stream, self._window_bytes)
+        # A peer that opens streams and fills each holds what its first ones may, and little for any further one.
+        room = (_PEER_WINDOWS * self._window_bytes - self._peer_windows_bytes) // 16
+        stream.window = max(self._least_bytes, min(self._window_bytes, room))
+        self._peer_windows_bytes += stream.window
+        self._grant(stream, stream.window)
 
     def reject(self, stream_id: int, reason: int = REFUSED) -> None:
         stream = self._streams.get(stream_id)
@@ -304,7 +317,7 @@ class Mux:
         if stream is None or stream.fin_received:
             return
         stream.owed += count
-        if stream.owed >= self._grant_bytes:
+        if stream.owed >= min(GRANT_BYTES, max(1, stream.window // 2)):
             self._grant(stream, stream.owed)
             stream.owed = 0
 
@@ -361,8 +374,12 @@ class Mux:
         if stream.accepted and stream.fin_due and not stream.fin_sent and not stream.queue:
             self._turns.append(stream)
 
+    def _remove(self, stream: Stream) -> None:
+        if self._streams.pop(stream.id, None) is not None and stream.id & 1 != self._first_id & 1:
+            self._peer_windows_bytes -= stream.window
+
     def _forget(self, stream: Stream) -> None:
-        self._streams.pop(stream.id, None)
+        self._remove(stream)
         if stream.queue or stream.fin_due:
             stream.queue.clear()
             stream.fin_sent = True
@@ -371,7 +388,7 @@ class Mux:
 
     def _forget_if_done(self, stream: Stream) -> None:
         if stream.fin_sent and stream.fin_received:
-            self._streams.pop(stream.id, None)
+            self._remove(stream)
 
 
 def _new_epoch() -> int:

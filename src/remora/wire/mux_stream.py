@@ -35,6 +35,7 @@ class Stream:
         "fin_received",
         "allowed",
         "owed",
+        "window",
     )
 
     def __init__(self, stream_id: int) -> None:
@@ -48,6 +49,7 @@ class Stream:
         self.fin_received = False
         self.allowed = 0  # bytes that the peer may still send
         self.owed = 0  # bytes consumed, not yet given back
+        self.window = 0  # bytes that the peer may have under way or unread here
 
     # -- what the peer does -------------------------------------------------------------------------------------------
 

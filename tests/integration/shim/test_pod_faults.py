@@ -13,7 +13,7 @@ import pytest
 import cri_v1 as cri
 from containerd_process import Containerd
 from cri_client import CriError
-from pod_leftovers import leftovers, record, wait_until
+from pod_leftovers import leftovers, proportional_kib, record, wait_until
 from remora import paths
 from remora.shim import launcher
 
@@ -51,6 +51,44 @@ def test_a_killed_microvm_is_the_end_of_its_containers_and_of_the_pod(containerd
         pod.start("true")
     pod.remove()
     wait_until(lambda: leftovers(containerd, pod) == [], f"nothing is left: {leftovers(containerd, pod)}")
+
+
+def test_a_guest_that_has_fallen_silent_cannot_keep_its_pod_and_keeps_nobody_else_waiting(
+    containerd: Containerd,
+) -> None:
+    settings = containerd.base / "runtime.toml"
+    usual = settings.read_text()
+    settings.write_text(usual.replace("[vm]", '[vm]\nkill_timeout = "5s"'))
+    try:
+        pod = containerd.cri.run_pod("silent")
+    finally:
+        settings.write_text(usual)
+    container = pod.start("sleep", "1000000")
+    assert container.stats.memory is not None
+    machine = int(str(record(containerd, pod)["machine_pid"]))
+    os.kill(machine, signal.SIGSTOP)
+    began_s = time.monotonic()
+    for _ in range(5):
+        assert container.stats.memory is not None, "as it was when the guest last answered"
+    assert time.monotonic() - began_s < 8
+    pod.remove()
+    assert time.monotonic() - began_s < 40
+    wait_until(lambda: leftovers(containerd, pod) == [], f"nothing is left: {leftovers(containerd, pod)}")
+
+
+def test_output_that_nobody_reads_fills_no_memory_and_holds_up_nothing_else(containerd: Containerd) -> None:
+    with containerd.cri.run_pod("flood") as pod:
+        container = pod.start("sleep", "1000000")
+        shim = int(str(record(containerd, pod)["monitor_pid"]))
+        assert container.sh("echo before") == "before\n"
+        before_kib = proportional_kib(shim)
+        floods = [container.exec_stream("cat", "/dev/zero", stdin=False) for _ in range(8)]
+        time.sleep(2)
+        assert container.sh("echo beside") == "beside\n"
+        # A stream may have a quarter of a MiB under way.
+        assert proportional_kib(shim) - before_kib < 6 << 10
+        for flood in floods:
+            flood.close()
 
 
 def test_a_killed_shim_takes_its_microvm_along_and_is_cleared_up_after(containerd: Containerd) -> None:

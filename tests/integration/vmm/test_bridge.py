@@ -296,6 +296,40 @@ def test_random_bytes_from_a_guest_neither_end_the_host_nor_fill_its_memory(host
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
+def test_a_guest_that_fills_streams_which_nobody_reads_takes_little_of_the_hosts_memory(
+    host: Host, tmp_path: Path
+) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(guest_socket(tmp_path, PORT)))
+    listener.listen(1024)
+    peer = mux.Mux(initiator=False)
+    host.guest.settimeout(0.5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sent = 0
+    opened: list[int] = []
+    accepted: set[int] = set()
+    try:
+        while True:
+            for buffer in peer.outgoing():
+                host.guest.sendall(buffer)
+            try:
+                events = peer.receive(host.guest.recv(1 << 18))
+            except TimeoutError:
+                break  # it may send no more
+            accepted |= {event.stream for event in events if isinstance(event, mux.Accepted)}
+            if peer.synced and not opened:
+                opened = [peer.open(PORT) for _ in range(1000)]
+            for stream in accepted:
+                sent += peer.send(stream, bytes(1 << 16))
+    finally:
+        listener.close()
+    assert len(accepted) > 100
+    assert not host.ended
+    # The kernel's buffers between bridge and agent are not counted here.
+    assert sent > 8 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 96 << 10
+
+
 def test_a_guest_that_breaks_the_protocol_loses_its_channel_and_nothing_else(host: Host, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = Host(tmp_path / "other")

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from remora.errors import DeadlineExceededError, UnavailableError
+from remora.errors import (
+    DeadlineExceededError,
+    ProtocolError,
+    RemoraError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from remora.reactor import Reactor
-from remora.shim import oom, stats
+from remora.sandboxes.guest import Guest
+from remora.shim import exits, oom, stats
 from remora.shim.pod import Pod
 from remora.shim.streams import Streams
 from remora.shim.task import Process, Task
+from remora.vmm import channel
 from remora.wire import containerd as c
 from remora.wire import guest_pod_v1 as v1
+from remora.wire.ttrpc.frames import HEADER, RESPONSE
 
 
 class FakeGuest:
@@ -119,6 +132,95 @@ def test_a_guest_that_never_stops_killing_is_asked_once_in_a_while_and_not_while
     kills = 1000
     published.waiting = 0
     run_until(reactor, lambda: not [one for one in threading.enumerate() if one.name == "oom"])
+
+
+def exits_of(pod: Any, reactor: Reactor) -> exits.Exits:
+    ooms = SimpleNamespace(tell=lambda _task, _kills: None)
+    return exits.Exits(reactor, cast(Any, Published()), cast(Pod, pod), cast(Any, ooms))
+
+
+def fake_pod(guest: Any, given_up: list[str]) -> Any:
+    """A pod that notes why its microVM would be ended."""
+    return SimpleNamespace(
+        vm=SimpleNamespace(guest=guest),
+        give_up=given_up.append,
+        kill_timeout_s=0.05,
+        bring_back=lambda _task: None,
+    )
+
+
+def test_a_process_that_goes_on_after_sigkill_is_the_end_of_its_microvm() -> None:
+    reactor, given_up = Reactor(), list[str]()
+    task = running(reactor, "own")
+    watcher = exits_of(fake_pod(None, given_up), reactor)
+    watcher.killed(task.process)
+    run_until(reactor, lambda: given_up)
+    assert "SIGKILL" in given_up[0]
+    task.process.exit(137)
+    watcher.killed(task.process)
+    deadline_s = time.monotonic() + 0.2
+    while time.monotonic() < deadline_s:
+        reactor.run_once(0.05)
+    assert len(given_up) == 1, "one that obeys is left alone"
+
+
+@pytest.mark.parametrize("error", [UnavailableError("closed"), ProtocolError("a request of the server's")])
+def test_a_guest_that_breaks_off_control_does_not_run_on_unseen(
+    error: RemoraError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exits, "_LOST_S", 0.01)
+    reactor, given_up = Reactor(), list[str]()
+
+    def wait(*_: Any, **_more: Any) -> Any:
+        raise error
+
+    task = running(reactor, "own")
+    exits_of(fake_pod(SimpleNamespace(wait=wait), given_up), reactor).watch(task, task.process)
+    run_until(reactor, lambda: given_up and task.process.exited)
+    assert task.process.exit_status == 137
+
+
+def test_answers_are_bounded_however_many_calls_wait_for_one(tmp_path: Path) -> None:
+    """Each process that runs has a call that waits: a guest may answer all at once, with as much as it likes."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / channel.SOCKET_NAME))
+    listener.listen()
+    calls = 40
+
+    def serve() -> None:
+        guest, _ = listener.accept()
+        # The host hangs up in the middle of the last answer.
+        with guest, guest.makefile("rb") as asked, contextlib.suppress(OSError):
+            asked.readline()
+            guest.sendall(b"OK 1\n")
+            for _ in range(calls):
+                size, stream, _kind, _flags = HEADER.unpack(asked.read(10))
+                asked.read(size)
+                # 4 MiB, the most that a frame of ttrpc may have.
+                guest.sendall(HEADER.pack(4 << 20, stream, RESPONSE, 0) + bytes(4 << 20))
+            asked.read()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    refused: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(ResourceExhaustedError) as error:
+            guest.wait("c1", 20.0)
+        refused.append(error.value.message)
+
+    with Guest(tmp_path) as guest:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        waiting = [threading.Thread(target=wait) for _ in range(calls)]
+        for one in waiting:
+            one.start()
+        for one in waiting:
+            one.join()
+        grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    server.join()
+    listener.close()
+    assert len(refused) == calls
+    assert grown_kib < 32 << 10
 
 
 def test_a_silent_guest_keeps_nobody_who_asks_for_the_statistics_of_a_whole_node() -> None:

@@ -353,6 +353,33 @@ def test_a_generous_window_does_not_make_this_end_queue_without_bound() -> None:
     assert taken <= 65536
 
 
+def allowed_bytes(mux: Mux) -> int:
+    return sum(stream.allowed for stream in mux._streams.values())
+
+
+def test_a_peer_that_opens_many_streams_may_fill_its_first_ones_and_little_of_the_others() -> None:
+    mux = Mux(True, epoch=1)
+    mux.receive(frames.frame(frames.HELLO, 2, 1))
+    opened = [2 * number for number in range(1, 1025)]
+    for stream in opened:
+        mux.receive(frames.frame(frames.OPEN, stream, 1))
+        mux.accept(stream)
+    assert mux._streams[opened[16]].allowed == 256 << 10, "as many as a guest really has are not held back"
+    assert all(mux._streams[stream].allowed >= 16 << 10 for stream in opened)
+    assert allowed_bytes(mux) <= 32 << 20
+    # What was consumed is given back, also of the smallest window.
+    last = opened[-1]
+    mux.receive(b"".join(map(bytes, frames.data_frame(last, bytes(16 << 10)))))
+    mux.consumed(last, 16 << 10)
+    assert mux._streams[last].allowed == 16 << 10
+    mux.outgoing()
+    for stream in opened:
+        mux.receive(frames.frame(frames.RESET, stream, ABORTED))
+    mux.receive(frames.frame(frames.OPEN, 4096, 1))
+    mux.accept(4096)
+    assert allowed_bytes(mux) == 256 << 10
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=8))
 def test_random_bytes_raise_nothing_but_protocol_errors_and_are_not_kept(chunks: list[bytes]) -> None:
