@@ -63,9 +63,11 @@ def send_all(sock: socket.socket, data: bytes) -> None:
 
 def test_random_bytes_end_only_their_own_connection(agent: AgentProcess) -> None:
     chance = random.Random(7)
-    for _ in range(200):
-        with agent.connect() as sock:
-            send_all(sock, chance.randbytes(chance.randrange(1, 2000)))
+    with Guest(agent.connect()) as other:
+        for _ in range(200):
+            with agent.connect() as sock:
+                send_all(sock, chance.randbytes(chance.randrange(1, 2000)))
+        assert other.infer("identity")
 
 
 def test_random_payloads_in_right_frames_are_answered(agent: AgentProcess) -> None:

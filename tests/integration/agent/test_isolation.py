@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 
 from agent_process import AgentProcess, Guest, identity_request
-from remora.errors import NotFoundError, RemoraError
+from remora.errors import NotFoundError, RemoraError, ResourceExhaustedError
 from remora.wire import control_v1, remora_v1, vaccel
 from remora.wire.ttrpc.sync import Client
 
@@ -224,7 +224,10 @@ def test_a_tenant_cannot_reach_the_control_service_over_its_own_socket(pair: Pai
 
 def test_a_tenant_cannot_fill_anothers_quota(pair: Pair) -> None:
     request = remora_v1.PutResourceRequest(digest="sha256:" + "a" * 64, total_bytes=49_000_000, data=b"x")
+    more = remora_v1.PutResourceRequest(digest="sha256:" + "b" * 64, total_bytes=49_000_000, data=b"x")
     pair.alice.call("PutResource", request, remora_v1.PutResourceResponse)
+    with pytest.raises(ResourceExhaustedError):
+        pair.alice.call("PutResource", more, remora_v1.PutResourceResponse)
     pair.bob.call("PutResource", request, remora_v1.PutResourceResponse)
 
 

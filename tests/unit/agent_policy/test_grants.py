@@ -211,6 +211,8 @@ def test_policy_bounds_a_pod_with_a_grant_as_well() -> None:
 def test_pods_of_one_tenant_have_grants_of_their_own() -> None:
     made, _clock = quotas()
     made.charge("t", made.terms("sandbox:a", "t"), 10_000_000, device="cuda:0", key="sandbox:a")
+    with pytest.raises(ResourceExhaustedError, match=r"grant\.gpu"):
+        made.admit_on("cuda:0", "sandbox:a", made.terms("sandbox:a", "t"))
     made.admit_on("cuda:0", "sandbox:b", made.terms("sandbox:b", "t"))
 
 
