@@ -8,12 +8,31 @@ clients.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 
 from node_spaces import NodeSpaces
 
-#: Two clusters beside each other have other addresses.
-_SLOT = os.getpid() % 63 * 4
+
+def _free_range() -> int:
+    """Take a range of addresses for as long as this process lives: clusters beside each other have their own.
+
+    An abstract socket's name is free again when its owner is gone, and is of the network that the addresses are of.
+    """
+    for number in range(64):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0remora-test-range-{number}")
+        except OSError:
+            claim.close()
+        else:
+            claim.detach()
+            return number
+    raise RuntimeError("64 processes have clusters of their own here, and there are no addresses for another")
+
+
+_RANGE = _free_range()
+_SLOT = _RANGE * 4
 SERVICES = f"10.214.{_SLOT}.0/22"
 API_SERVICE, DNS_SERVICE = f"10.214.{_SLOT}.1", f"10.214.{_SLOT}.10"
 #: Every node's pods are in here: kube-proxy masquerades what calls a service from elsewhere.
@@ -29,9 +48,8 @@ class NodeNetwork:
     """A bridge and its nodes; `close` takes the host's side away."""
 
     def __init__(self) -> None:
-        number = os.getpid()
-        self.bridge = f"rmk{number % 100000}"
-        self._prefix = f"10.215.{number % 250}"
+        self.bridge = f"rmk{os.getpid() % 100000}"
+        self._prefix = f"10.215.{_RANGE}"
         self._count = 0
         #: The host's address on the bridge: the API server's.
         self.address = f"{self._prefix}.1"
