@@ -104,10 +104,23 @@ class FirecrackerMachine(ApiMachine):
             self._ended = jails.told_by_init(self._ended)
 
 
-def _files(spec: VmSpec, jail: jails.Jail | None) -> fc.Files:
-    """Return the machine's files as the process sees them; into a jail they are put first."""
-    if jail is None:
-        return fc.Files(str(spec.kernel), str(spec.initrd), tuple(str(disk.path) for disk in spec.disks))
+def _files(spec: VmSpec, directory: Path) -> fc.Files:
+    """Return the machine's files as the process sees them.
+
+    A saved state names the disks as they were named here, and a clone's are elsewhere (a template moves once it is
+    whole). So they are called by links in the process's own directory.
+    """
+    names = []
+    for number, disk in enumerate(spec.disks):
+        link = directory / f"d{number}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(disk.path.absolute())
+        names.append(link.name)
+    return fc.Files(str(spec.kernel), str(spec.initrd), tuple(names))
+
+
+def _jailed_files(spec: VmSpec, jail: jails.Jail) -> fc.Files:
+    """Put the machine's files into the jail; return them as the process sees them."""
     return fc.Files(
         jails.place(jail, spec.kernel, "kernel"),
         jails.place(jail, spec.initrd, "initrd"),
@@ -226,13 +239,13 @@ class FirecrackerDriver:
             # Left by a process that was killed; Firecracker refuses to listen on a file that exists.
             for stale in (socket_path, directory / "channel.sock"):
                 stale.unlink(missing_ok=True)
-            files = _files(spec, None)
+            files = _files(spec, directory)
             arguments = (self.binary, "--api-sock", _API_SOCKET, "--id", _id(directory.name))
             pid, console = spawn_with_console(arguments, keep_fds=keep_fds, directory=directory)
         else:
             socket_path = jail.root / jails.API_SOCKET
             jails.prepare(jail)
-            files = _files(spec, jail)
+            files = _jailed_files(spec, jail)
             pid, console = spawn_with_console(
                 (*jails.INIT, *jails.command_line(jail, self._jailer)),
                 keep_fds=keep_fds,

@@ -373,6 +373,26 @@ def test_cloud_hypervisor_moves_a_running_machine_to_another_process(short_folde
         assert rig.memory(source) == remembered
 
 
+@pytest.mark.parametrize("make", [lambda folder: _firecracker(folder, "1.17.0"), _jailed], ids=["free", "jailed"])
+def test_a_firecracker_template_may_move_after_it_was_saved(make: Callable[[Path], Rig], short_folder: Path) -> None:
+    with contextlib.closing(make(short_folder)) as rig:
+        drafts, final = short_folder / "draft", short_folder / "final"
+        drafts.mkdir()
+        disks = tuple(disk._replace(path=drafts / disk.path.name) for disk in rig.spec.disks)
+        for old, new in zip(rig.spec.disks, disks, strict=True):
+            old.path.rename(new.path)
+        spec = rig.spec._replace(disks=disks, ram_file=drafts / "ram")
+        template = rig.boot("t", spec)
+        remembered = rig.memory(template)
+        template.save(drafts / "state", CALL_S)
+        template.close()
+        drafts.rename(final)
+        moved = tuple(disk._replace(path=final / disk.path.name) for disk in disks)
+        clone = rig.boot("c", spec._replace(disks=moved, ram_file=final / "ram", ram_private=True, incoming=True))
+        clone.restore(final / "state", CALL_S)
+        assert rig.remembers(clone, remembered)
+
+
 def test_a_jail_holds_the_machines_files_and_nothing_when_it_is_over(short_folder: Path) -> None:
     rig = _jailed(short_folder)
     with contextlib.closing(rig):
