@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 
-from cluster_objects import classification, service
+from cluster_objects import block_volume, classification, deployment, service
+from containerd_process import BUSYBOX
 from kubernetes_cluster import Cluster
+from loop_devices import loop_device, unavailable
 from pod_agent import Agent, classify, photos
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
@@ -74,3 +77,26 @@ def test_a_namespaces_policy_applies_to_its_pods_and_to_no_other(classifier: Clu
             assert classify(other["status"]["podIP"], picture)
     finally:
         classifier.kubectl("delete", "namespace", "restricted")
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+def test_a_block_volume_is_a_device_of_the_pod_and_free_once_the_pod_is_gone(cluster: Cluster, tmp_path: Path) -> None:
+    pod = {"volumes": [{"name": "raw", "persistentVolumeClaim": {"claimName": "raw"}}]}
+    devices = [{"name": "raw", "devicePath": "/dev/raw-disk"}]
+    command = ["sleep", "1000000"]
+    writer = deployment("writer", 1, pod=pod, image=BUSYBOX, command=command, volumeDevices=devices)
+    with loop_device(tmp_path / "disk") as disk:
+        cluster.apply(*block_volume("raw", disk.path, cluster.nodes[1].name, "16Mi"), writer)
+        try:
+            cluster.wait("the writer", lambda: cluster.ready_pods("app=writer"))
+            name = cluster.ready_pods("app=writer")[0]["metadata"]["name"]
+            script = "echo by a pod | dd of=/dev/raw-disk conv=notrunc,fsync 2>/dev/null; head -c 8 /dev/raw-disk"
+            assert cluster.kubectl("exec", name, "--", "sh", "-c", script) == "by a pod"
+            assert disk.read(9) == b"by a pod\n"
+        finally:
+            cluster.kubectl("delete", "deployment", "writer")
+            cluster.wait("the pod is gone", lambda: not cluster.get("pods", "-lapp=writer")["items"])
+            cluster.kubectl("delete", "pvc,pv", "raw", "--wait=false")
+        # The kubelet has one of its own over it, which goes a little later.
+        disk.detach()
+        cluster.wait("the device is let go of", lambda: not disk.attached)

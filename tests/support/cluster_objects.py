@@ -81,6 +81,32 @@ def classification(replicas: int, namespace: str = "default", *, shares: int = 0
     )
 
 
+def block_volume(name: str, device: str, node: str, size: str) -> list[dict[str, Any]]:
+    """Return a PersistentVolume that is a block device of a node, and the claim to it."""
+    here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    common = {"accessModes": ["ReadWriteOnce"], "volumeMode": "Block", "storageClassName": "by-hand"}
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": name},
+            "spec": {
+                **common,
+                "capacity": {"storage": size},
+                "persistentVolumeReclaimPolicy": "Retain",
+                "local": {"path": device},
+                "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [here]}]}},
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": {**common, "volumeName": name, "resources": {"requests": {"storage": size}}},
+        },
+    ]
+
+
 def service(name: str = "classify", namespace: str = "default") -> dict[str, Any]:
     return {
         "apiVersion": "v1",
