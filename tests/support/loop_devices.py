@@ -19,8 +19,10 @@ def unavailable() -> str:
 
 class LoopDevice:
     def __init__(self, file: Path, size_bytes: int) -> None:
-        file.touch()
-        os.truncate(file, size_bytes)
+        """`size_bytes` 0: over something that is there, such as another device."""
+        if size_bytes:
+            file.touch()
+            os.truncate(file, size_bytes)
         made = subprocess.run(
             ["losetup", "--find", "--show", str(file)], capture_output=True, text=True, check=True, timeout=30
         )

@@ -134,6 +134,13 @@ def test_what_cannot_be_given_is_refused_by_name_and_leaves_the_pod_as_it_was(
                     sleeper(pod, fs.path, permissions)
         finally:
             subprocess.run(["umount", str(tmp_path / "mounted")], check=True, timeout=30)
+        with loop_device(Path(fs.path), 0) as above:
+            subprocess.run(["mount", above.path, str(tmp_path / "mounted")], check=True, timeout=30)
+            try:
+                with pytest.raises(CriError, match=r"/dev/xvda .*the host has it mounted at"):
+                    sleeper(pod, fs.path)
+            finally:
+                subprocess.run(["umount", str(tmp_path / "mounted")], check=True, timeout=30)
         claim = os.open(fs.path, os.O_RDONLY | os.O_EXCL)
         try:
             with pytest.raises(CriError, match=r"/dev/xvda .*it is claimed"):
