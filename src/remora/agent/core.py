@@ -106,6 +106,7 @@ class Core:
         )
         self.sharing = Sharing(workers, policy.limits)
         self.peers = Peers(policy.limits, workers.allocate, self.answers.forget_tenant, self._left)
+        self.peers.quotas = self.quotas
         self.peers.on_join = self._joined
         workers.on_death = self._worker_died
         #: Follows requests for OpenTelemetry, where a collector is configured; and requests exported, lost, dropped.

@@ -1,7 +1,8 @@
 """`/metrics` and `/healthz`: the smallest HTTP/1.1 server that Prometheus, a kubelet and kube-apiserver can read.
 
 GET only, one request per connection, a few KiB and a few seconds per request. Anything else is answered and closed.
-When all connections are taken, the one that has been longest without a whole request gives way to a new one.
+When all connections are taken, the one that has been longest without a whole request, or without reading its answer,
+gives way to a new one.
 """
 
 from __future__ import annotations
@@ -105,6 +106,11 @@ class _Connection:
         except OSError:
             self.close()
 
+    @property
+    def sending(self) -> bool:
+        """True if it has its answer, which it has not read to the end."""
+        return bool(self._response)
+
     def _receive(self) -> None:
         data = self._sock.recv(MAX_REQUEST_BYTES)
         self._request += data
@@ -166,7 +172,7 @@ class HttpServer:
     def serve(self, sock: socket.socket, *, local: bool = False) -> None:
         """Take over a connection; `local`: as in `target_of`."""
         if len(self.connections) >= self._most_connections:
-            slow = next((one for one in self.connections if not one.asked), None)
+            slow = next((one for one in self.connections if not one.asked or one.sending), None)
             if slow is None:
                 sock.close()
                 return

@@ -15,6 +15,7 @@ from remora.agent.execution import Run
 from remora.agent.hints import with_retry
 from remora.agent.identity import Identity
 from remora.agent.policy import Limits
+from remora.agent.quotas import Quotas
 from remora.agent.sessions import Session
 from remora.errors import RemoraError, ResourceExhaustedError
 from remora.workers.contract import Block, Region
@@ -22,6 +23,12 @@ from remora.workers.settings import machine_memory_bytes
 
 if TYPE_CHECKING:
     from remora.agent.doors.inference import Form
+
+
+#: Of the agent's connections one in so many is kept back for tenants with few.
+_KEPT = 8
+#: When somebody may have left, as a guess.
+_AGAIN_S = 1.0
 
 
 class Connection(Protocol):
@@ -134,6 +141,7 @@ class Peers:
         self._allocate = allocate
         self._reclaim = reclaim
         self._on_left = on_left
+        self.quotas: Quotas | None = None
         #: Called with the identity of each new connection.
         self.on_join: Callable[[Identity], None] = lambda _identity: None
         self._peers: set[Peer] = set()
@@ -148,21 +156,34 @@ class Peers:
     def __iter__(self) -> Iterator[Peer]:
         return iter(self._peers)
 
-    def check_room(self, tenant: str) -> None:
+    def check_room(self, identity: Identity) -> None:
         """
         Raises:
             ResourceExhaustedError: there are too many connections; the message names the limit.
         """
-        if len(self._peers) >= self._limits.connections:
-            raise ResourceExhaustedError(
-                f"the agent has {self._limits.connections} connections (limits.connections)",
-                fix="connect again later, or ask the operator to raise it",
+        tenant, total, most = identity.tenant, len(self._peers), self._limits.connections
+        used = self.per_tenant.get(tenant, 0)
+        # What is kept back is for those who have less than their share of it: a few tenants cannot take it all.
+        kept = most // _KEPT
+        share = kept // (len(self.per_tenant) + (not used))
+        if total >= most or (total >= most - kept and used > 0 and used >= share):
+            raise with_retry(
+                ResourceExhaustedError(
+                    f"the agent has {total} of {most} connections, this tenant {used} (limits.connections)",
+                    fix="connect again later, or ask the operator to raise it",
+                ),
+                _AGAIN_S,
             )
-        if self.per_tenant[tenant] >= self._limits.connections_per_tenant:
-            raise ResourceExhaustedError(
-                f"this tenant has {self._limits.connections_per_tenant} connections (limits.connections_per_tenant)",
-                fix="use fewer connections: one carries many requests at once",
-            )
+        terms = self.quotas.terms(identity.key, tenant) if self.quotas is not None else None
+        granted: int | None = terms.values["connections"] if terms is not None else None
+        if used < (granted or self._limits.connections_per_tenant):
+            return
+        if terms is not None and granted is not None:
+            raise terms.exhausted("connections", f"this tenant has {used} connections", _AGAIN_S)
+        raise ResourceExhaustedError(
+            f"this tenant has {self._limits.connections_per_tenant} connections (limits.connections_per_tenant)",
+            fix="use fewer connections: one carries many requests at once",
+        )
 
     def join(self, identity: Identity) -> Peer:
         self.on_join(identity)

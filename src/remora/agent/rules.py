@@ -30,6 +30,7 @@ KEYS: dict[str, tuple[Any, float, float, str]] = {
     "device_s_per_s": (None, 1e-6, 1e4, "a number above 0"),
     "burst_s": (1.0, 1e-3, 86400, "a number of seconds above 0"),
     "stored_bytes": (None, 1, 1 << 53, "a whole number of bytes"),
+    "connections": (None, 1, 1 << 20, "a whole number of at least 1"),
     "sessions": (None, 1, 1 << 20, "a whole number of at least 1"),
     "message_bytes": (None, 4 << 20, 1 << 31, "a whole number of at least 4194304"),
     "weight": (1.0, 0.01, 1000, "a number from 0.01 to 1000"),

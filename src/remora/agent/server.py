@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import traceback
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
 _OPEN_MODE = 0o666
 _OWNER_MODE = 0o600
 _ATTACHMENT_SWEEP_S = 2.0
-#: Connections beyond the limit that are kept for a moment, so that they can be told why.
+#: Connections beyond the limit that are kept for a moment, so that they can be told why; and of one tenant.
 _MAX_REFUSED = 64
+_MAX_REFUSED_OF_ONE = 8
 _REFUSED_S = 2.0
 _MAX_CONTROL = 256
 
@@ -91,7 +93,7 @@ class Agent:
         self._oip: OipDoor | None = None
         self._listeners: list[Listener] = []
         self._addresses: list[str] = []
-        self._refused = 0
+        self._refused: Counter[str] = Counter()
         self._controllers: set[ServerConnection] = set()
         self._http: HttpServer | None = None
         self._inherited = inherited
@@ -296,7 +298,7 @@ class Agent:
     def _connection(self, sock: socket.socket, identity: Identity, attachment: Attachment | None = None) -> None:
         peers, limits = self.core.peers, self._limits
         try:
-            peers.check_room(identity.tenant)
+            peers.check_room(identity)
         except RemoraError as error:
             self._refuse(sock, identity, error)
             return
@@ -336,17 +338,20 @@ class Agent:
     def _refuse(self, sock: socket.socket, identity: Identity, error: RemoraError) -> None:
         """Tell a connection that is too many why it is, if it asks within a moment; then close it."""
         self.core.refused("none", "connect", Peer(identity, 0.0), error)
-        if self._refused >= _MAX_REFUSED:
+        tenant = identity.tenant
+        if self._refused.total() >= _MAX_REFUSED or self._refused[tenant] >= _MAX_REFUSED_OF_ONE:
             sock.close()
             return
-        self._refused += 1
+        self._refused[tenant] += 1
 
         def answer(call: Call) -> None:
             call.fail(error)
             self._reactor.call_soon(connection.close)
 
         def closed(_connection: ServerConnection) -> None:
-            self._refused -= 1
+            self._refused[tenant] -= 1
+            if not self._refused[tenant]:
+                del self._refused[tenant]
 
         connection = ServerConnection(self._reactor, sock, answer, on_close=closed, max_message_bytes=4096)
         self._reactor.call_later(_REFUSED_S, connection.close)

@@ -35,6 +35,7 @@ RULES = {
     "device_s_per_s": "1e-06",
     "queue_length": "1",
     "stored_bytes": "1000",
+    "connections": "1",
     "sessions": "1",
     "message_bytes": "4194304",
     "exec": "false",
@@ -131,6 +132,12 @@ def test_one_session_too_many_is_refused(agent: AgentProcess) -> None:
     with guest(agent, "sessions"), pytest.raises(ResourceExhaustedError) as refusal:
         guest(agent, "sessions")
     assert named("sessions") in refusal.value.message
+
+
+def test_one_connection_too_many_is_refused(agent: AgentProcess) -> None:
+    with guest(agent, "connections"), pytest.raises(ResourceExhaustedError) as refusal:
+        guest(agent, "connections")
+    assert named("connections") in refusal.value.message
 
 
 def test_a_message_that_is_too_large_is_refused(agent: AgentProcess) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fake_workers import FakeWorkers
-from remora.agent.peers import Peers
+from remora.agent.identity import Identity
+from remora.agent.peers import Peer, Peers
 from remora.agent.policy import Limits
 from remora.errors import ResourceExhaustedError
 
@@ -41,6 +42,31 @@ def test_many_tenants_together_cannot_fill_the_machine_and_each_keeps_a_share() 
     with pytest.raises(ResourceExhaustedError):
         take_what_there_is(found)
     assert sum(found.in_flight_bytes.values()) <= 400
+
+
+def join(found: Peers, tenant: str, count: int) -> list[Peer]:
+    """Connect so often, as far as there is room."""
+    identity, joined = Identity(f"sandbox:{tenant}", tenant), []
+    for _ in range(count):
+        try:
+            found.check_room(identity)
+        except ResourceExhaustedError:
+            break
+        joined.append(found.join(identity))
+    return joined
+
+
+def test_whoever_takes_all_the_connections_it_can_leaves_some_to_others() -> None:
+    found = peers(connections=64, connections_per_tenant=1000)
+    assert len(join(found, "greedy", 1000)) == 56
+    with pytest.raises(ResourceExhaustedError, match=r"this tenant 56 \(limits\.connections\).*try again"):
+        found.check_room(Identity("sandbox:greedy", "greedy"))
+    first = join(found, "b", 1000)
+    assert len(first) == 4, "half of what is kept back, as there are two of them"
+    assert [len(join(found, name, 1000)) for name in "cde"] == [2, 2, 0]
+    for peer in first:
+        found.leave(peer)
+    assert len(join(found, "f", 1)) == 1
 
 
 def take_what_there_is(found: Peers) -> None:

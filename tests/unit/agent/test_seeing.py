@@ -175,3 +175,26 @@ def test_connections_that_say_nothing_keep_no_reader_of_metrics_out() -> None:
     for sock in (*silent, ours):
         sock.close()
     reactor.close()
+
+
+def test_http_clients_that_ask_and_do_not_read_do_not_keep_others_out() -> None:
+    reactor = Reactor()
+    server = HttpServer.of_pages(reactor, {**PAGES, "/long": lambda: (200, "text/plain", bytes(4 << 20))})
+    idle = []
+    for _ in range(MAX_CONNECTIONS):
+        ours, theirs = socket.socketpair()
+        server.serve(theirs)
+        ours.send(b"GET /long HTTP/1.1\r\n\r\n")
+        idle.append(ours)
+    while not all(one.sending for one in server.connections):
+        reactor.run_once(0.05)
+    ours, theirs = socket.socketpair()
+    server.serve(theirs)
+    ours.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+    for _ in range(5):
+        reactor.run_once(0.05)
+    assert ours.recv(1000).endswith(b"ok\n")
+    server.close()
+    for sock in (*idle, ours):
+        sock.close()
+    reactor.close()

@@ -57,7 +57,7 @@ class OipDoor:
         """Take over a connection; `on_request` is called with each of its requests."""
         core, limits = self._core, self._core.limits
         try:
-            core.peers.check_room(identity.tenant)
+            core.peers.check_room(identity)
         except RemoraError as error:
             self.refuse(sock, identity, error)
             return
