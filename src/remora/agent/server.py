@@ -338,20 +338,17 @@ class Agent:
     def _refuse(self, sock: socket.socket, identity: Identity, error: RemoraError) -> None:
         """Tell a connection that is too many why it is, if it asks within a moment; then close it."""
         self.core.refused("none", "connect", Peer(identity, 0.0), error)
-        tenant = identity.tenant
-        if self._refused.total() >= _MAX_REFUSED or self._refused[tenant] >= _MAX_REFUSED_OF_ONE:
+        if self._refused.total() >= _MAX_REFUSED or self._refused[identity.tenant] >= _MAX_REFUSED_OF_ONE:
             sock.close()
             return
-        self._refused[tenant] += 1
+        self._refused[identity.tenant] += 1
 
         def answer(call: Call) -> None:
             call.fail(error)
             self._reactor.call_soon(connection.close)
 
         def closed(_connection: ServerConnection) -> None:
-            self._refused[tenant] -= 1
-            if not self._refused[tenant]:
-                del self._refused[tenant]
+            self._refused -= Counter((identity.tenant,))
 
         connection = ServerConnection(self._reactor, sock, answer, on_close=closed, max_message_bytes=4096)
         self._reactor.call_later(_REFUSED_S, connection.close)
