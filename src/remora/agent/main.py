@@ -63,23 +63,26 @@ class Options:
 
 #: Descriptors for everything but callers' connections: files, workers, listeners, control, metrics.
 _RESERVED_DESCRIPTORS = 1024
+#: Of a connection over TLS: its socket, and the pair between what en- and decrypts and its door (`wire.tls`).
+_TLS_DESCRIPTORS = 3
 
 MakeWorkers = Callable[[Reactor, WorkerSettings], Workers]
 LoadCatalogue = Callable[[], Mapping[str, CatalogueEntry]]
 
 
-def _within_descriptors(policy: Policy) -> Policy:
-    """Return the policy with no more connections than this process can have descriptors for."""
+def _within_descriptors(policy: Policy, addresses: Sequence[Address]) -> Policy:
+    """Return the policy with no more connections than this process can have descriptors for, whatever door is taken."""
+    each = _TLS_DESCRIPTORS if any(address.tls for address in addresses) else 1
     reserved = _RESERVED_DESCRIPTORS
     if policy.fleets.attach:
         from remora.agent.fleets.finder import DESCRIPTORS, MOST_SANDBOXES
 
         reserved += MOST_SANDBOXES * DESCRIPTORS
-    wanted = policy.limits.connections + reserved
+    wanted = policy.limits.connections * each + reserved
     allowed = lifecycle.raise_descriptor_limit(wanted)
     if allowed >= wanted:
         return policy
-    connections = max(1, allowed - min(reserved, allowed // 2))
+    connections = max(1, (allowed - min(reserved, allowed // 2)) // each)
     return replace(policy, limits=replace(policy.limits, connections=connections))
 
 
@@ -129,7 +132,7 @@ def run(options: Options, load_catalogue: LoadCatalogue, make_workers: MakeWorke
     lifecycle.check_ready_fd(options.ready_fd)
     lifecycle.private_directory(options.state, "state directory")
     lifecycle.private_directory(options.control.parent, "run-time directory")
-    policy = _within_descriptors(options.policy)
+    policy = _within_descriptors(options.policy, options.listen)
     with ExitStack() as stack:
         predecessor: Predecessor | None = None
         if options.takeover:
