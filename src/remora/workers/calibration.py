@@ -168,16 +168,17 @@ def _rate(run: Callable[[], object], threads: int, seconds: float) -> tuple[floa
 def _timed(model: LoadedModel, one: Mapping[str, Array], wanted: Sequence[str], stop: Stop, times: int = 1) -> float:
     """Return how long a run of one request takes, or of several that are joined: with the copies which that takes.
 
-    On a CPU it is what was computed, not what was waited for: a run that others interrupt would look like a long one.
+    On a CPU it is what this thread computed, not what it waited for: a run that others interrupt, also requests in
+    threads of this very process, would look like a long one. Backends compute in the thread that calls them, or at
+    least with it.
     """
-    began_s, used_s = time.perf_counter(), time.process_time()
+    began_s, used_s = time.perf_counter(), time.thread_time()
     feeds = join([one] * times) if times > 1 else one
     computed = model.run(feeds, wanted, stop)
     if times > 1:
         _apart = [array.copy() for array in computed]
     took_s = time.perf_counter() - began_s
-    # Of this process: a backend may have threads of its own, and then has used more than has passed.
-    return min(took_s, time.process_time() - used_s) if model.device == "cpu" else took_s
+    return min(took_s, time.thread_time() - used_s) if model.device == "cpu" else took_s
 
 
 def calibrate(

@@ -96,3 +96,29 @@ def test_what_a_run_waited_for_is_not_what_it_took() -> None:
         budget.close()
     assert found[1] == pytest.approx(2000, rel=0.5)
     assert found[2] == pytest.approx(2000, rel=0.5)
+
+
+def test_requests_in_threads_of_the_same_process_make_no_run_look_longer() -> None:
+    def compute(_stop: Stop) -> None:
+        end_s = time.thread_time() + 0.02
+        while time.thread_time() < end_s:
+            pass
+
+    over = threading.Event()
+
+    def others() -> None:
+        while not over.is_set():
+            pass
+
+    other = threading.Thread(target=others, daemon=True)
+    other.start()
+    budget = Budget(5.0)
+    try:
+        found = curve(FakeModel(compute, "cpu"), INPUTS, ["input"], budget, 1)
+    finally:
+        budget.close()
+        over.set()
+        other.join()
+    assert 20_000 <= found[1] < 28_000, (
+        "by the clock it takes twice as long: one interpreter runs both threads in turns"
+    )
