@@ -59,11 +59,13 @@ class KubernetesClient:
     def pods_are(self, selector: str, count: int, timeout_s: float = 240.0) -> list[dict[str, Any]]:
         """Wait until there are so many ready pods and no others; return them."""
 
-        def settled() -> bool:
-            return len(self.get("pods", "-l", selector)["items"]) == count == len(self.ready_pods(selector))
+        def settled() -> tuple[list[dict[str, Any]]] | None:
+            ready = self.ready_pods(selector)
+            return (ready,) if len(self.get("pods", "-l", selector)["items"]) == count == len(ready) else None
 
-        self.wait(f"{count} ready pods and no others", settled, timeout_s)
-        return self.ready_pods(selector)
+        # Those that were seen: a kubelet that has just been started may say of one that it is not ready after all.
+        (found,) = self.wait(f"{count} ready pods and no others", settled, timeout_s)
+        return list(found)
 
     def wait(self, what: str, done: Callable[[], Any], timeout_s: float = READY_S) -> Any:
         """Ask `done` until it answers something true."""
