@@ -114,7 +114,7 @@ def environment(env: list[str]) -> list[str]:
     """Add what every container can count on, where it does not say otherwise itself."""
     names = {entry.partition("=")[0] for entry in env}
     added = [f"{name}={ADDRESS}" for name in ("REMORA_ADDRESS", "VACCEL_RPC_ADDRESS") if name not in names]
-    # Last: an image that has a remora of its own uses that one.
+    # It goes before a remora that the image has installed: this one knows what its guest speaks.
     if "PYTHONPATH" not in names:
         added.append(f"PYTHONPATH={SDK}")
     return [*env, *added]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,21 @@ def test_a_web_page_whose_name_was_rebound_may_not(host: str) -> None:
     assert respond(request, PAGES).startswith(b"HTTP/1.1 200 "), "on a Unix socket no browser speaks"
 
 
+def answered(reactor: Reactor, server: HttpServer, others: Sequence[socket.socket]) -> bool:
+    """Tell whether somebody who comes now gets an answer; everything is closed after that."""
+    ours, theirs = socket.socketpair()
+    server.serve(theirs)
+    ours.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+    for _ in range(5):
+        reactor.run_once(0.05)
+    answer = ours.recv(1000)
+    server.close()
+    for sock in (*others, ours):
+        sock.close()
+    reactor.close()
+    return answer.endswith(b"ok\n")
+
+
 def test_connections_that_say_nothing_keep_no_reader_of_metrics_out() -> None:
     reactor = Reactor()
     server = HttpServer.of_pages(reactor, PAGES)
@@ -165,16 +181,7 @@ def test_connections_that_say_nothing_keep_no_reader_of_metrics_out() -> None:
         server.serve(theirs)
         silent.append(ours)
     assert len(server.connections) == MAX_CONNECTIONS
-    ours, theirs = socket.socketpair()
-    server.serve(theirs)
-    ours.send(b"GET /healthz HTTP/1.1\r\n\r\n")
-    for _ in range(5):
-        reactor.run_once(0.05)
-    assert ours.recv(1000).endswith(b"ok\n")
-    server.close()
-    for sock in (*silent, ours):
-        sock.close()
-    reactor.close()
+    assert answered(reactor, server, silent)
 
 
 def test_http_clients_that_ask_and_do_not_read_do_not_keep_others_out() -> None:
@@ -186,15 +193,9 @@ def test_http_clients_that_ask_and_do_not_read_do_not_keep_others_out() -> None:
         server.serve(theirs)
         ours.send(b"GET /long HTTP/1.1\r\n\r\n")
         idle.append(ours)
-    while not all(one.sending for one in server.connections):
+    for _ in range(100):
         reactor.run_once(0.05)
-    ours, theirs = socket.socketpair()
-    server.serve(theirs)
-    ours.send(b"GET /healthz HTTP/1.1\r\n\r\n")
-    for _ in range(5):
-        reactor.run_once(0.05)
-    assert ours.recv(1000).endswith(b"ok\n")
-    server.close()
-    for sock in (*idle, ours):
-        sock.close()
-    reactor.close()
+        if all(one.sending for one in server.connections):
+            break
+    assert len(server.connections) == MAX_CONNECTIONS
+    assert answered(reactor, server, idle)
